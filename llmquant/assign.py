@@ -1,0 +1,61 @@
+"""Which scheme each linear gets: the recipe, fitted to the shapes and to what the format can hold."""
+
+from dataclasses import dataclass, replace
+
+from llmquant.errors import RecipeError
+from llmquant.formats import FORMATS
+from llmquant.model.layout import Group, Layout
+from llmquant.recipe import Recipe
+from llmquant.scheme import GROUP_SIZES, Scheme
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a decoder layer: what becomes of it, and why if it is not what the recipe says."""
+
+    name: str
+    m: int
+    n: int
+    scheme: Scheme | None  # None: kept in its original precision
+    note: str = ""
+
+
+def assign(group: Group, recipe: Recipe, layout: Layout) -> list[Linear]:
+    """Decide the scheme of each linear of a group. Servers fuse linears that share an input, so they must be alike.
+
+    Raises:
+        RecipeError: overrides treat the members of the group differently.
+    """
+    wanted = {name: _requested(name, recipe) for name in group.linears}
+    if len(set(wanted.values())) > 1:
+        first, second = list(wanted)[:2]
+        raise RecipeError(
+            f"overrides: {first} and {second} share an input and are fused by servers, "
+            f"but get {wanted[first]} and {wanted[second]}; match all of {', '.join(group.linears)} or none"
+        )
+    linears = [_settle(name, *layout.shapes[name], wanted[name], recipe) for name in group.linears]
+    refused = next((linear for linear in linears if linear.scheme is None), None)
+    return linears if refused is None else [replace(linear, scheme=None, note=refused.note) for linear in linears]
+
+
+def _requested(linear: str, recipe: Recipe) -> Scheme | None:
+    scheme: Scheme | None = recipe.scheme
+    for override in recipe.overrides:
+        if override.matches(linear):
+            scheme = override.apply(scheme, recipe.scheme)
+    return scheme
+
+
+def _settle(name: str, m: int, n: int, scheme: Scheme | None, recipe: Recipe) -> Linear:
+    """Fit the requested scheme to the shape: the next smaller group that divides, else what the format refuses is kept."""
+    if scheme is None:
+        return Linear(name, m, n, None, "kept: the recipe skips it")
+    note = ""
+    if n % scheme.width(n):
+        fitting = [g for g in GROUP_SIZES if 0 < g < scheme.group_size and n % g == 0]
+        fitted = Scheme(scheme.bits, max(fitting, default=-1), scheme.symmetric)
+        note = f"group size {scheme.group_size} does not divide {n} columns: {fitted}"
+        scheme = fitted
+    if reason := FORMATS[recipe.format].refuse(m, n, scheme):
+        return Linear(name, m, n, None, f"kept: {recipe.format} cannot hold it: {reason}")
+    return Linear(name, m, n, scheme, note)

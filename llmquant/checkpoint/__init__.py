@@ -1,0 +1,1 @@
+"""Hugging Face directories on disk: read with suspicion, written so that a crash cannot leave a half file."""

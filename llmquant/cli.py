@@ -1,0 +1,244 @@
+"""The command line: one thin command per API call.
+
+Exit codes: 0 done; 1 failed on its input or the machine (one line on stderr); 2 bad usage; 3 a quality
+gate did not hold; 128 + n stopped by signal n. With --json, stdout holds one JSON object and nothing else.
+"""
+
+import json
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.display import Display, console, show_plan, show_table
+from llmquant.errors import GateError, LlmquantError, RecipeError
+from llmquant.evaluate.run import evaluate as run_evaluation
+from llmquant.inspect import inspect as inspect_directory
+from llmquant.pipeline import Options, open_plan
+from llmquant.pipeline import quantize as run_quantize
+from llmquant.recipe import Recipe, read_yaml
+from llmquant.runtime.generate import generate as run_generate
+from llmquant.verify import verify as run_verify
+from llmquant.version import __version__
+
+app = typer.Typer(
+    help="INT4 quantization of Hugging Face LLM checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+
+
+class Method(str, Enum):
+    rtn = "rtn"
+    gptq = "gptq"
+
+
+class Format(str, Enum):
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory or a Hub name.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
+    method: Annotated[Method | None, typer.Option(help="How codes are chosen. [default: gptq]")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8. [default: 4]")] = None,
+    group_size: Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for per-channel. [default: 128]")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point fixed or free. [default: --sym]")] = None,
+    format: Annotated[Format | None, typer.Option(help="Packed layout. [default: compressed-tensors]")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="builtin, self, FILE.jsonl, FILE.txt or hf:NAME. [default: builtin]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in each of them. [default: 512]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file; options given here override it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_memory: Annotated[str | None, typer.Option(help="Refuse a run that needs more, as in 16GB.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Drop an unfinished run and start anew.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint in OUT.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint. The same command again continues a run that was stopped."""
+    wanted = merged_recipe(
+        recipe,
+        {
+            "method": method and method.value,
+            "format": format and format.value,
+            "seed": seed,
+            "scheme": {"bits": bits, "group_size": group_size, "symmetric": sym},
+            "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len},
+        },
+    )
+    options = Options(
+        device=resolve_device(device),
+        max_memory=parse_size(max_memory),
+        resume=not no_resume,
+        overwrite=overwrite,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if dry_run:
+        plan = open_plan(model, wanted, options)[1]
+        print_json(plan.to_dict()) if as_json else show_plan(plan)
+        return
+    with Display() as display:
+        plan = run_quantize(model, out, wanted, options, display)
+    if as_json:
+        print_json({"out": str(out), "verified": True, **plan.to_dict()})
+    else:
+        console.print(f"[bold]{out}[/bold] is complete and verified; try: llmquant generate {out} -p 'Hello'")
+
+
+@app.command()
+def verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: Json = False) -> None:
+    """Check that a finished directory is whole, finite, as its recipe says, and unchanged."""
+    files = run_verify(directory)
+    if as_json:
+        print_json({"directory": str(directory), "verified": True, "files": files})
+    else:
+        typer.echo(f"{directory}: whole, finite, as its recipe says; {files} files unchanged")
+
+
+@app.command()
+def inspect(
+    directory: Annotated[str, typer.Argument(metavar="DIR")], trust_remote_code: Trust = False, as_json: Json = False
+) -> None:
+    """Show architecture, parameters, bits per weight, and what quantizing would cost."""
+    facts = inspect_directory(directory, trust_remote_code=trust_remote_code)
+    print_json(facts) if as_json else show_table(facts)
+
+
+@app.command(name="eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    text_file: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="NAME[:CONFIG[:SPLIT]] of the Hub.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="The original checkpoint, for KL and agreement.")] = None,
+    max_increase: Annotated[str | None, typer.Option(help="Gate: perplexity over the baseline's, as in 5%.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity; against a baseline also KL divergence and top-1 agreement."""
+    bound = parse_percent(max_increase)
+    if bound is not None and baseline is None:
+        raise typer.BadParameter("--max-increase compares with --baseline DIR; give both")
+    result = run_evaluation(
+        directory, text_file=text_file, dataset=dataset, seq_len=seq_len, max_windows=max_windows, baseline=baseline
+    )
+    facts = result.to_dict()
+    print_json(facts) if as_json else show_table(facts)
+    if bound is not None:
+        check_gate(facts, bound)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    stats: Annotated[bool, typer.Option("--stats", help="Print tokens per second and the kernel in use.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, greedily, through the model's chat template if it has one."""
+    answer = run_generate(directory, prompt, max_new_tokens=max_new_tokens)
+    if as_json:
+        print_json(answer.to_dict())
+        return
+    typer.echo(answer.text)
+    if stats:
+        console.print(answer.stats())
+
+
+def merged_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
+    """The recipe file, if any, with the options that were given laid over it."""
+    values = read_yaml(path) if path else {}
+    for key, value in given.items():
+        if isinstance(value, dict):
+            below = values.get(key, {})
+            value = (below if isinstance(below, dict) else {}) | {k: v for k, v in value.items() if v is not None}
+        if value not in (None, {}):
+            values[key] = value
+    return Recipe.from_dict(values, str(path) if path else "options")
+
+
+def resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--device {device}: use auto, cpu, cuda or cuda:N") from error
+    if kind not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    return device
+
+
+def parse_size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "B": 1}
+    number, unit = next(((text[: -len(u)], f) for u, f in units.items() if text.upper().endswith(u)), (text, 1))
+    try:
+        return int(float(number) * unit)
+    except ValueError as error:
+        raise typer.BadParameter(f"--max-memory {text}: write a number and a unit, as in 16GB") from error
+
+
+def parse_percent(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text.removesuffix("%")) / 100
+    except ValueError as error:
+        raise typer.BadParameter(f"--max-increase {text}: write a percentage, as in 5%") from error
+
+
+def check_gate(facts: dict[str, Any], bound: float) -> None:
+    increase = facts["perplexity"] / facts["baseline_perplexity"] - 1
+    if increase > bound:
+        raise GateError(f"--max-increase: perplexity rose by {increase:.2%}, allowed is {bound:.2%}")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+class Stopped(BaseException):
+    """A signal asked us to stop. Not an Exception: no handler of the work may swallow it."""
+
+
+def _stop(signum: int, _: object) -> None:
+    raise Stopped(signum)
+
+
+def main() -> None:
+    """Run a command; every failure becomes one line and an exit code."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _stop)
+    try:
+        app()
+    except LlmquantError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except Stopped as stopped:
+        sys.stderr.write("stopped; finished layers are kept, the same command continues\n")
+        sys.exit(128 + stopped.args[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What a person sees while and after a run. Progress goes to stderr, tables too: stdout is for results."""
+
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llmquant.calibration.batches import Calibration
+from llmquant.plan import Plan, Unit
+
+console = Console(stderr=True, highlight=False)
+
+
+class Display:
+    """The observer that draws: a bar on a terminal, one line per layer elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.fields[where]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._last: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def planned(self, plan: Plan, calibration: Calibration | None, done: int) -> None:
+        show_plan(plan)
+        if calibration:
+            counts = ", ".join(f"{source} {count}" for source, count in calibration.tokens.items())
+            total = sum(calibration.tokens.values())
+            console.print(f"calibration: {calibration.sequences} sequences, {total} tokens ({counts})")
+            for note in calibration.notes:
+                console.print(f"calibration: {note}")
+        if done:
+            console.print(f"resuming: {done} of {len(plan.units)} units are finished, replaying them")
+        self._task = self._progress.add_task("", total=len(plan.units), where="", detail="")
+        self._progress.start()
+
+    def solved(self, record: dict[str, Any]) -> None:
+        self._last.append(record)
+        if record["rung"] not in ("none", "fp32"):
+            console.print(f"{record['module']}: Hessian not positive definite; {record['rung']} was used instead")
+        detail = f"{record['module'].rpartition('.')[2]} error {record['error']:.2e}  {_memory()}"
+        self._progress.update(self._task, where=record["module"].partition(".self")[0], detail=detail)
+
+    def finished(self, unit: Unit) -> None:
+        self._progress.advance(self._task)
+        if not console.is_terminal and self._last:
+            worst = max(self._last, key=lambda record: record["error"])
+            seconds = sum(record["seconds"] for record in self._last)
+            console.print(
+                f"{unit.name}: {len(self._last)} linears in {seconds:.1f} s, "
+                f"worst {worst['module'].rpartition('.')[2]} error {worst['error']:.2e}, {_memory()}"
+            )
+        self._last.clear()
+
+
+def show_plan(plan: Plan) -> None:
+    """The plan as `--dry-run` prints it."""
+    rows = {
+        "model": f"{plan.model_type}, {len(plan.layers)} layers, {len(plan.linears)} linears",
+        "method": f"{plan.recipe.method}, {plan.recipe.scheme}, format {plan.recipe.format}",
+        "quantized": f"{len(plan.schemes)} linears at {plan.bits_per_weight():.2f} bits per weight",
+        "size": f"{plan.bytes_in / 1e6:.1f} MB -> {plan.bytes_out / 1e6:.1f} MB",
+        "memory": f"up to {plan.estimate.memory / 1e9:.1f} GB",
+        "time": f"about {_duration(plan.estimate.seconds)} for {plan.estimate.tokens} calibration tokens",
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", value)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}")
+
+
+def show_table(rows: dict[str, Any]) -> None:
+    """A two-column table of results, on stdout."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", str(value))
+    Console(highlight=False).print(table)
+
+
+def _memory() -> str:
+    return f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

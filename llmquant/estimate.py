@@ -1,0 +1,74 @@
+"""Memory and time of a run from shapes alone, before the first weight is read."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llmquant.model.layout import Layout
+from llmquant.model.shell import Shell
+from llmquant.recipe import Recipe
+
+RUNTIME_BYTES = 600_000_000  # Python, torch and transformers themselves, as measured
+PASSES = 2.2  # forward passes per layer: one partial pass per group of linears, and one whole pass to advance
+HESSIAN_COPIES = 5  # sum, mean, reordered, factor, inverse factor
+WEIGHT_COPIES = 4  # stacked, reordered, codes with their grid, dequantized
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak resident memory in bytes and time in seconds."""
+
+    memory: int
+    seconds: float
+    tokens: int
+
+
+def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
+    """The memory is an upper bound by design; the time assumes the matrix speed measured just now."""
+    calibrated = recipe.method != "rtn"
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
+    by_layer = [[layout.shapes[name] for group in layer.groups for name in group.linears] for layer in layout.layers]
+    item = shell.dtype.itemsize
+    layer_bytes = max(sum(m * n for m, n in shapes) for shapes in by_layer) * item
+    outside = sum(shell.model.get_parameter(name).numel() for name in _outside(shell, layout)) * (item + 2)
+    state = tokens * shell.config.hidden_size * item
+    solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
+    memory = RUNTIME_BYTES + state + max(outside, layer_bytes + (solve if calibrated else layer_bytes))
+    flops = sum(_layer_flops(layout, [g.linears for g in layer.groups], tokens) for layer in layout.layers)
+    return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens)
+
+
+def _outside(shell: Shell, layout: Layout) -> list[str]:
+    inside = tuple(f"{layer.name}." for layer in layout.layers)
+    parameters = dict(shell.model.named_parameters())
+    return [name for name in shell.names if not name.startswith(inside) and name in parameters]
+
+
+def _stack(layout: Layout, linears: tuple[str, ...]) -> tuple[int, int]:
+    return sum(layout.shapes[name][0] for name in linears), layout.shapes[linears[0]][1]
+
+
+def _solve_bytes(layout: Layout, linears: tuple[str, ...]) -> int:
+    m, n = _stack(layout, linears)
+    return 4 * (HESSIAN_COPIES * n * n + WEIGHT_COPIES * m * n)
+
+
+def _layer_flops(layout: Layout, groups: list[tuple[str, ...]], tokens: int) -> float:
+    """Forward passes, Hessians and column updates; attention itself is left out as it is small at these lengths."""
+    stacks = [_stack(layout, linears) for linears in groups]
+    forward = PASSES * 2 * tokens * sum(m * n for m, n in stacks)
+    hessian = 2 * tokens * sum(n * n for _, n in stacks)
+    solve = sum(2 * m * n * n + 2 * n**3 for m, n in stacks)
+    return forward + hessian + solve
+
+
+def _matrix_speed(device: torch.device, size: int = 1024) -> float:
+    """Floating-point operations per second of one fp32 product, best of three."""
+    a = torch.ones(size, size, device=device)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # reading one number waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

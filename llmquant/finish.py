@@ -1,0 +1,100 @@
+"""From durable layers to a checkpoint directory. config.json, without which no loader opens it, comes last."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from llmquant.calibration.batches import Calibration
+from llmquant.checkpoint import durable
+from llmquant.checkpoint.journal import WORK, Journal
+from llmquant.checkpoint.parts import lazy_tensors
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.checkpoint.writer import copy_file, json_bytes, write_json, write_shard
+from llmquant.errors import OutputError, VerifyError
+from llmquant.formats import FORMATS
+from llmquant.manifest import LOG, MANIFEST, RECIPE, manifest_bytes, read_manifest, sealed
+from llmquant.plan import Plan, spec_bytes
+from llmquant.verify import problems_of
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuse an output directory before any work.
+
+    Raises:
+        OutputError: it is or contains the input, lies in it, is finished already, or holds foreign files.
+    """
+    here, there = out.resolve(), source.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise OutputError(f"{out}: output and input {source} lie in one another; choose another -o")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is not a directory; choose another -o")
+    if not out.exists() or (out / WORK).is_dir() or not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise OutputError(f"{out}: holds files that llmquant did not make; choose an empty directory")
+    if not overwrite:
+        raise OutputError(f"{out}: holds a finished checkpoint; use --overwrite to replace it")
+    for name in ("config.json", *read_manifest(out), LOG, MANIFEST):
+        durable.remove(out / name)
+
+
+def finish(out: Path, plan: Plan, source: Checkpoint, calibration: Calibration | None, journal: Journal) -> None:
+    """Make a whole of the units' shards, and verify it before the journal goes.
+
+    Every step can be repeated, so that a run killed here finishes the same way.
+
+    Raises:
+        VerifyError: the directory is not as planned; it is left without config.json.
+    """
+    digests = _weights(out, plan, journal)
+    digests |= {name: copy_file(source.root / name, out / name) for name in source.side_files()}
+    config = source.config | {"quantization_config": quantization_config(plan)}
+    if plan.recipe.format == "gptq":  # where older loaders look
+        digests["quantize_config.json"] = write_json(out / "quantize_config.json", config["quantization_config"])
+    digests[RECIPE] = durable.write_file(out / RECIPE, [plan.recipe.to_yaml().encode()])
+    digests["config.json"] = hashlib.sha256(json_bytes(config)).hexdigest()
+    durable.write_file(out / LOG, [sealed(_log_lines(plan, calibration, journal))])
+    durable.write_file(out / MANIFEST, [manifest_bytes(digests)])
+    write_json(out / "config.json", config)
+    if problems := problems_of(out):
+        durable.remove(out / "config.json")
+        raise VerifyError(f"{out}: {problems[0]}; {len(problems)} problems in all, start anew with --no-resume")
+    if plan.merged:
+        for unit in plan.units:
+            for shard in unit.shards:
+                durable.remove(out / shard.file)
+    journal.discard()
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """The `quantization_config` block of config.json."""
+    skipped = [name for name in plan.all_linears if name not in plan.schemes]
+    return FORMATS[plan.recipe.format].config_block(plan.schemes, skipped)
+
+
+def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:
+    """The final weight files and their digests: one merged file, or the shards as they are and an index."""
+    shards = [shard for unit in plan.units for shard in unit.shards]
+    if plan.merged:
+        tensors = {}
+        for shard in shards:
+            tensors |= lazy_tensors(out / shard.file)
+        return {SINGLE: write_shard(out / SINGLE, tensors)}
+    digests: dict[str, str] = {}
+    for record in journal.records:
+        digests |= record["shards"]
+    weight_map = {name: shard.file for shard in shards for name in shard.tensors}
+    total = sum(spec_bytes(spec) for shard in shards for spec in shard.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return digests | {INDEX: write_json(out / INDEX, index)}
+
+
+def _log_lines(plan: Plan, calibration: Calibration | None, journal: Journal) -> list[dict[str, Any]]:
+    """The run's records: one line for the calibration, one per module."""
+    tokens = calibration.tokens if calibration else {}
+    notes = [*plan.notes, *(calibration.notes if calibration else ())]
+    head = {"calibration_tokens": tokens, "sequences": calibration.sequences if calibration else 0, "notes": notes}
+    return [head, *(module for record in journal.records for module in record["modules"])]

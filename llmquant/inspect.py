@@ -1,0 +1,64 @@
+"""What a checkpoint directory holds, and what quantizing it would cost. Reads headers, not weights."""
+
+from pathlib import Path
+from typing import Any
+
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.estimate import estimate
+from llmquant.formats import for_config
+from llmquant.kernels.ops import describe_backend
+from llmquant.model.layout import Layout, derive_layout
+from llmquant.model.shell import Shell, read_config
+from llmquant.recipe import Recipe
+
+
+def inspect(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Facts about a checkpoint, quantized or not, as a flat dictionary.
+
+    Raises:
+        LlmquantError: the directory is not a checkpoint that can be understood.
+    """
+    source = Checkpoint.open(model, trust_remote_code=trust_remote_code)
+    layout = derive_layout(read_config(source), trust_remote_code=trust_remote_code)
+    stored = sum(info.nbytes for info in source.tensors.values())
+    facts: dict[str, Any] = {
+        "directory": str(source.root),
+        "architecture": (source.config.get("architectures") or [layout.model_type])[0],
+        "layers": len(layout.layers),
+        "linears": len(layout.linears()),
+        "linear_parameters": sum(m * n for m, n in map(layout.shapes.__getitem__, layout.linears())),
+        "files": len(source.files),
+        "bytes": stored,
+    }
+    block = source.config.get("quantization_config")
+    return facts | (_quantized(source, block, layout) if block else _cost(source, layout)) | {"kernel": describe_backend()}
+
+
+def _quantized(source: Checkpoint, block: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    schemes = for_config(block).read_config(block, list(layout.shapes))
+    packed = sum(
+        info.nbytes
+        for name, info in source.tensors.items()
+        if name.rpartition(".")[0] in schemes and not name.endswith((".bias", ".weight_shape", ".g_idx"))
+    )
+    weights = sum(m * n for m, n in map(layout.shapes.__getitem__, schemes))
+    return {
+        "quantization": block.get("quant_method"),
+        "quantized_linears": len(schemes),
+        "schemes": ", ".join(sorted({str(scheme) for scheme in schemes.values()})),
+        "bits_per_weight": round(8 * packed / weights, 3) if weights else None,
+    }
+
+
+def _cost(source: Checkpoint, layout: Layout) -> dict[str, Any]:
+    cost = estimate(Recipe(), Shell(source), layout)
+    return {
+        "quantization": None,
+        "bits_per_weight": round(8 * sum(i.nbytes for i in source.tensors.values()) / _parameters(source), 3),
+        "default_run_memory_bytes": cost.memory,
+        "default_run_seconds": round(cost.seconds, 1),
+    }
+
+
+def _parameters(source: Checkpoint) -> int:
+    return sum(info.nbytes // info.dtype.itemsize for info in source.tensors.values())

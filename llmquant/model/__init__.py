@@ -1,0 +1,1 @@
+"""What is known about architectures: structure, and one layer in memory at a time."""

@@ -1,0 +1,203 @@
+"""The structure of a model, derived by watching one forward pass that computes nothing.
+
+The model is built of fake tensors (shapes without storage) and called once. Hooks see in which
+order its linears run, which of them receive the same tensor, and which norm produced it. So
+groups and fold pairs come from what the code does; the only knowledge kept as data is what no
+hook can see: whether a norm's gain is stored as an offset from one, and which linears multiply
+elementwise into which.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmquant.errors import ArchitectureError
+
+
+class Family(NamedTuple):
+    """What the module tree does not tell about a model type."""
+
+    norm_offset: float = 0.0  # the norm multiplies by (weight + norm_offset)
+    attention: tuple[str, str] | None = None  # (source, target): source's last rows feed target's columns one to one
+    mlp: tuple[str, str] | None = None
+
+
+LLAMA = Family(attention=("self_attn.v_proj", "self_attn.o_proj"), mlp=("mlp.up_proj", "mlp.down_proj"))
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": LLAMA._replace(norm_offset=1.0),
+    "gemma3_text": LLAMA._replace(norm_offset=1.0),
+    "phi3": Family(attention=("self_attn.qkv_proj", "self_attn.o_proj"), mlp=("mlp.gate_up_proj", "mlp.down_proj")),
+    # ReLU commutes with a positive scale, so fc1 folds into fc2 although it stands before the activation.
+    "opt": Family(attention=("self_attn.v_proj", "self_attn.out_proj"), mlp=("fc1", "fc2")),
+    "gpt_neox": Family(),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that receive the same tensor, in the order they are called."""
+
+    linears: tuple[str, ...]
+    norm: str | None  # the norm whose output they receive: scales on their columns fold into its gain
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer."""
+
+    name: str
+    groups: tuple[Group, ...]  # in the order of the forward pass
+    folds: tuple[tuple[str, str], ...]  # (source, target): scales on target's columns fold into source's last rows
+    returns_tuple: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model as the quantizer sees it. All names are full module names."""
+
+    model_type: str
+    layers: tuple[Layer, ...]
+    shapes: dict[str, tuple[int, int]]  # every nn.Linear -> (m, n)
+    norm_offset: float
+
+    def linears(self) -> list[str]:
+        """The linears inside decoder layers, in forward order."""
+        return [name for layer in self.layers for group in layer.groups for name in group.linears]
+
+
+def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Layout:
+    """Derive the layout of the causal language model that `config` describes.
+
+    Raises:
+        ArchitectureError: names what could not be derived.
+    """
+    mode = FakeTensorMode()
+    with mode:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+    layers = decoder_layers(model, config)
+    for name, module in layers.items():
+        _check_weights(name, module, config)
+    calls, tuples = _watch(model, layers, mode)
+    family = FAMILIES.get(config.model_type, Family())
+    return Layout(
+        model_type=config.model_type,
+        layers=tuple(
+            _layer(name, module, calls, family, config, returns_tuple=name in tuples) for name, module in layers.items()
+        ),
+        shapes={n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
+        norm_offset=family.norm_offset,
+    )
+
+
+def decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> dict[str, nn.Module]:
+    """The decoder layers by full name: the one list of `num_hidden_layers` modules that hold linears."""
+    count = getattr(config, "num_hidden_layers", None)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(any(isinstance(m, nn.Linear) for m in layer.modules()) for layer in module)
+    }
+    if len(found) != 1:
+        raise ArchitectureError(
+            f"{config.model_type}: cannot derive the decoder layers: {len(found)} module lists have "
+            f"num_hidden_layers={count} entries with linears{' (' + ', '.join(found) + ')' if found else ''}; "
+            "this architecture is not supported"
+        )
+    ((name, layers),) = found.items()
+    return {f"{name}.{i}": layer for i, layer in enumerate(layers)}
+
+
+def _check_weights(name: str, layer: nn.Module, config: PretrainedConfig) -> None:
+    """Refuse a layer with weights that no linear owns: skipped in silence, they would stay in 16 bits."""
+    weights = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Linear)}
+    for parameter, tensor in layer.named_parameters(prefix=name):
+        if tensor.dim() > 1 and id(tensor) not in weights:
+            raise ArchitectureError(
+                f"{config.model_type}: {parameter} {tuple(tensor.shape)} belongs to no linear (fused experts?); "
+                "this architecture is not supported"
+            )
+
+
+class _Call(NamedTuple):
+    module: str
+    is_linear: bool
+    source: int  # storage of the input
+    result: int  # storage of the output
+
+
+def _watch(model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTensorMode) -> tuple[list[_Call], set[str]]:
+    """Run the fake model once. Returns the calls of linears and norms, and the layers that return tuples."""
+    calls: list[_Call] = []
+    tuples: set[str] = set()
+    alive: list[Tensor] = []  # a storage that is freed could lend its identity to another
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        source = args[0] if args else next(iter(kwargs.values()))
+        alive.extend((source, out))
+        calls.append(_Call(name, isinstance(module, nn.Linear), _storage(source), _storage(out)))
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__.endswith("Norm"):
+            hook = lambda module, args, kwargs, out, name=name: record(name, module, args, kwargs, out)  # noqa: E731
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    for name, layer in layers.items():
+        notice = lambda _, __, out, name=name: tuples.add(name) if isinstance(out, tuple) else None  # noqa: E731
+        handles.append(layer.register_forward_hook(notice))
+    try:
+        with torch.no_grad(), mode:
+            model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False)
+    except Exception as error:  # whatever a model's own code may raise: the cause goes into the message
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArchitectureError(
+            f"{model.config.model_type}: cannot derive which linears share an input: its forward pass failed: {reason}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, tuples
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _layer(
+    name: str, module: nn.Module, calls: list[_Call], family: Family, config: PretrainedConfig, *, returns_tuple: bool
+) -> Layer:
+    inside = [call for call in calls if call.module.startswith(name + ".")]
+    produced_by_norm = {call.result: call.module for call in inside if not call.is_linear}
+    members: dict[int, list[str]] = {}
+    for call in inside:
+        if call.is_linear:
+            members.setdefault(call.source, []).append(call.module)
+    called = {linear for linears in members.values() for linear in linears}
+    linears = {f"{name}.{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    if missed := sorted(set(linears) - called):
+        raise ArchitectureError(
+            f"{config.model_type}: cannot derive the input of {missed[0]}: the forward pass never calls it"
+        )
+    groups = tuple(Group(tuple(linears), produced_by_norm.get(source)) for source, linears in members.items())
+    return Layer(name, groups, _folds(name, linears, family, config), returns_tuple)
+
+
+def _folds(
+    name: str, linears: dict[str, nn.Module], family: Family, config: PretrainedConfig
+) -> tuple[tuple[str, str], ...]:
+    """Linear-to-linear fold pairs of one layer. With grouped-query attention one value row feeds several columns."""
+    heads = config.num_attention_heads
+    grouped_query = getattr(config, "num_key_value_heads", heads) not in (None, heads)
+    smooth = getattr(config, "activation_function", "relu") != "relu"  # OPT: only ReLU lets a scale through
+    pairs = [None if grouped_query else family.attention, None if smooth else family.mlp]
+    named = [(f"{name}.{pair[0]}", f"{name}.{pair[1]}") for pair in pairs if pair]
+    return tuple(pair for pair in named if pair[0] in linears and pair[1] in linears)

@@ -1,0 +1,176 @@
+"""The transformers model without its weights: a shell that holds one part of the checkpoint at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.errors import ArchitectureError, CheckpointError, NumericsError
+
+
+def read_config(source: Checkpoint) -> PretrainedConfig:
+    """The transformers configuration, without its quantization block.
+
+    Raises:
+        ArchitectureError: transformers does not know the model type.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.root, trust_remote_code=source.trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        kind = source.config.get("model_type")
+        reason = str(error).splitlines()[0]
+        raise ArchitectureError(
+            f"{source.root / 'config.json'}: model_type {kind!r} cannot be used: {reason}"
+        ) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model with parameters on the meta device and computed buffers in place.
+
+    Raises:
+        ArchitectureError: transformers has no causal language model for this configuration.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArchitectureError(f"{config.model_type}: cannot build a causal language model: {reason}") from error
+    return model.eval()
+
+
+class Shell:
+    """A model whose parameters come and go.
+
+    Attributes:
+        model: the transformers model; a parameter is on the meta device unless its part is filled.
+        names: tensor name in the model -> tensor name in the checkpoint. Tied aliases do not appear.
+        extra: checkpoint tensors that the model does not have.
+    """
+
+    def __init__(self, source: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.source = source
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.config = read_config(source)
+        self.model = empty_model(self.config, trust_remote_code=source.trust_remote_code)
+        for name, buffer in self.model.named_buffers():
+            self._place(name, buffer.to(self.device))
+        self.names = checkpoint_names(self.model, source)
+        used = set(self.names.values())
+        self.extra = [name for name in source.tensors if name not in used]
+
+    @contextmanager
+    def filled(self, names: list[str]) -> Iterator[None]:
+        """Hold the named tensors, in the compute dtype, for the length of a `with` block."""
+        try:
+            for name in names:
+                self._place(name, self.read(name).to(self.device, self.dtype))
+            yield
+        finally:
+            for name in names:
+                self._place(name, self._tensor(name).to("meta"))
+
+    def part(self, prefix: str) -> list[str]:
+        """Names of the tensors below a module."""
+        return [name for name in self.names if name.startswith(prefix + ".")]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the model, or an extra one of the checkpoint, as stored, checked.
+
+        Raises:
+            CheckpointError: its shape is not the model's.
+            NumericsError: it holds NaN or Inf.
+        """
+        stored = self.stored_name(name)
+        tensor = self.source.read(stored)
+        where = f"{self.source.file_of[stored]}: {stored}"
+        if name in self.names and tensor.shape != self._tensor(name).shape:
+            expected = tuple(self._tensor(name).shape)
+            raise CheckpointError(f"{where}: shape {tuple(tensor.shape)}, but config.json asks for {expected}")
+        check_finite(tensor, where)
+        return tensor
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a tensor of the model, or of an extra one."""
+        return self.names.get(name, name)
+
+    def stored_prefix(self, linear: str) -> str:
+        """The checkpoint's name of a linear: its packed tensors keep it, so that every loader knows them."""
+        return self.names[f"{linear}.weight"].removesuffix(".weight")
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self.source.tensors[self.names[name]].dtype
+
+    def weight(self, linear: str) -> Tensor:
+        """A filled linear's weight, [m, n] in the compute dtype."""
+        return self._tensor(f"{linear}.weight")
+
+    def set_weight(self, linear: str, weight: Tensor) -> None:
+        """Put a (dequantized) weight [m, n] in the place of a filled linear's."""
+        self._place(f"{linear}.weight", weight.to(self.device, self.dtype))
+
+    def _tensor(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(owner), leaf)
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise NumericsError at the first NaN or Inf of a floating-point tensor, naming its index."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        index = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+        value = float(tensor[tuple(index)])
+        raise NumericsError(f"{where}: {value} at index {index}; the checkpoint is damaged, fetch it again")
+
+
+def checkpoint_names(model: PreTrainedModel, source: Checkpoint) -> dict[str, str]:
+    """Match the model's tensors with the checkpoint's.
+
+    Raises:
+        CheckpointError: a tensor that the model needs is in no shard.
+    """
+    names, tied = {}, tied_names(model)
+    for name in (name for name in model.state_dict() if name not in tied):
+        stored = next((spelling for spelling in spellings(name, model) if spelling in source.tensors), None)
+        if stored is None:
+            raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
+        names[name] = stored
+    return names
+
+
+# Heads that transformers renamed, while checkpoints and other loaders keep the old name.
+FORMER_NAMES = {"gpt_neox": {"lm_head.": "embed_out."}}
+
+
+def spellings(name: str, model: PreTrainedModel) -> list[str]:
+    """The names under which a checkpoint may hold a tensor of the model, most usual first.
+
+    Checkpoints of the base model alone lack its prefix; some hold it where the model has none.
+    """
+    prefix = model.base_model_prefix + "."
+    former = FORMER_NAMES.get(model.config.model_type, {})
+    renamed = [old + name.removeprefix(new) for new, old in former.items() if name.startswith(new)]
+    return [*renamed, name, name.removeprefix(prefix), prefix + name]
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names that are only another name for the input embedding."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    output = model.get_output_embeddings()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is output and output is not None}

@@ -1,0 +1,273 @@
+"""Every decision, taken before any work: the Plan.
+
+It is what `--dry-run` prints, what resume compares and what the loop follows without a choice of
+its own: the scheme of every linear, the file of every tensor, bytes, memory and time.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import transformers
+
+from llmquant.assign import Linear, assign
+from llmquant.calibration.batches import Calibration
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.errors import CheckpointError, OutputError, RecipeError
+from llmquant.estimate import Estimate, estimate
+from llmquant.formats import FORMATS
+from llmquant.model.layout import Layer, Layout, derive_layout
+from llmquant.model.shell import Shell
+from llmquant.recipe import Recipe
+from llmquant.scheme import Scheme
+from llmquant.version import __version__
+
+SHARD_BYTES = 5_000_000_000  # the Hub's own default
+OUTSIDE = "outside"  # the unit of all tensors that belong to no decoder layer
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and the tensors in it, in file order."""
+
+    file: str
+    tensors: dict[str, Spec]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Linears that share an input and a scheme: solved as one matrix, with one factorization."""
+
+    linears: tuple[Linear, ...]
+    scheme: Scheme
+
+    @property
+    def n(self) -> int:
+        return self.linears[0].n
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One decoder layer, or all that is outside of them: the unit of work, of crash and of resume."""
+
+    name: str
+    layer: Layer | None
+    linears: dict[str, Linear]
+    kept: tuple[str, ...]  # tensors copied as they are
+    shards: tuple[Shard, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec_bytes(spec) for shard in self.shards for spec in shard.tensors.values())
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The problems to solve, in forward order."""
+        groups = self.layer.groups if self.layer else ()
+        members = [tuple(self.linears[name] for name in group.linears) for group in groups]
+        return [Stack(linears, linears[0].scheme) for linears in members if linears[0].scheme]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. Equal plans on equal inputs give equal bytes."""
+
+    recipe: Recipe
+    model_type: str
+    units: tuple[Unit, ...]
+    merged: bool  # small enough for a single model.safetensors
+    notes: tuple[str, ...]
+    bytes_in: int
+    estimate: Estimate
+    all_linears: tuple[str, ...]  # every nn.Linear of the model, the output head included
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(unit.nbytes for unit in self.units)
+
+    @property
+    def linears(self) -> list[Linear]:
+        return list(chain.from_iterable(unit.linears.values() for unit in self.units))
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        return {linear.name: linear.scheme for linear in self.linears if linear.scheme}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as `--dry-run --json` prints it."""
+        return {
+            "model_type": self.model_type,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "linears": {linear.name: str(linear.scheme) if linear.scheme else "kept" for linear in self.linears},
+            "files": [shard.file for unit in self.units for shard in unit.shards] if not self.merged else ["model.safetensors"],
+            "notes": list(self.notes),
+            "bits_per_weight": self.bits_per_weight(),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "memory_bytes": self.estimate.memory,
+            "seconds": self.estimate.seconds,
+            "calibration_tokens": self.estimate.tokens,
+        }
+
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales and zero points included, per weight of the quantized linears."""
+        pack = FORMATS[self.recipe.format].specs
+        quantized = [linear for linear in self.linears if linear.scheme]
+        bits = 0
+        for linear in quantized:
+            specs = pack(linear.name, linear.m, linear.n, linear.scheme, torch.bfloat16)
+            bits += 8 * sum(spec_bytes(spec) for name, spec in specs.items() if not name.endswith("_shape"))
+        return bits / max(1, sum(linear.m * linear.n for linear in quantized))
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(unit.layer for unit in self.units if unit.layer)
+
+    def fingerprint(self, shell: Shell, calibration: Calibration | None) -> dict[str, Any]:
+        """Everything that the output's bytes depend on. A run resumes only where all of it is unchanged."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "input": shell.source.fingerprint(),
+            "calibration": calibration.digest if calibration else "",
+            "versions": {"llmquant": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "machine": {
+                "device": torch.cuda.get_device_name(shell.device) if shell.device.type == "cuda" else "cpu",
+                "instructions": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads(),
+            },
+        }
+
+
+def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Plan:
+    """Decide everything.
+
+    Raises:
+        RecipeError: the recipe contradicts itself or the model.
+        CheckpointError: the input is quantized already.
+        OutputError: the run would need more than `max_memory` bytes.
+    """
+    _check(recipe, shell.source)
+    layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
+    notes: list[str] = []
+    drafts = [_draft_outside(shell, layout), *(_draft_layer(layer, recipe, shell, layout, notes) for layer in layout.layers)]
+    total = sum(spec_bytes(spec) for draft in drafts for spec in draft.specs.values())
+    units = _name_shards(drafts, merged=total <= SHARD_BYTES)
+    if not any(linear.scheme for unit in units for linear in unit.linears.values()):
+        raise RecipeError("recipe: no linear is left to quantize; loosen `overrides` or choose another group size")
+    notes += _outside_notes(shell)
+    plan = Plan(
+        recipe=recipe,
+        model_type=layout.model_type,
+        units=units,
+        merged=total <= SHARD_BYTES,
+        notes=tuple(dict.fromkeys(notes)),
+        bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
+        estimate=estimate(recipe, shell, layout),
+        all_linears=tuple(layout.shapes),
+    )
+    if max_memory is not None and plan.estimate.memory > max_memory:
+        raise OutputError(
+            f"--max-memory: this run needs about {plan.estimate.memory / 1e9:.1f} GB, allowed are {max_memory / 1e9:.1f} GB; "
+            "lower --samples or --seq-len"
+        )
+    return plan
+
+
+def spec_bytes(spec: Spec) -> int:
+    dtype, shape = spec
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+def _check(recipe: Recipe, source: Checkpoint) -> None:
+    quantized = source.config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(f"{source.root}: is quantized already ({method}); start from the original checkpoint")
+    schemes = [recipe.scheme, *(override.apply(None, recipe.scheme) for override in recipe.overrides)]
+    if recipe.format == "gptq" and any(scheme and not scheme.symmetric for scheme in schemes):
+        raise RecipeError("format: servers refuse asymmetric GPTQ files; use --format compressed-tensors, or --sym")
+
+
+@dataclass
+class _Draft:
+    """A unit before its files have names."""
+
+    name: str
+    layer: Layer | None
+    linears: dict[str, Linear]
+    kept: tuple[str, ...]
+    specs: dict[str, Spec]
+
+
+def _draft_outside(shell: Shell, layout: Layout) -> _Draft:
+    inside = tuple(f"{layer.name}." for layer in layout.layers)
+    kept = (*(name for name in shell.names if not name.startswith(inside)), *shell.extra)
+    return _Draft(OUTSIDE, None, {}, kept, {shell.stored_name(name): _stored_spec(shell, name) for name in kept})
+
+
+def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout, notes: list[str]) -> _Draft:
+    linears = {}
+    for group in layer.groups:
+        for linear in assign(group, recipe, layout):
+            linears[linear.name] = linear
+            if linear.note:
+                notes.append(f"{linear.name.removeprefix(layer.name + '.')}: {linear.note}")
+    replaced = {f"{linear.name}.weight": linear for linear in linears.values() if linear.scheme}
+    specs: dict[str, Spec] = {}
+    for name in shell.part(layer.name):
+        if (linear := replaced.get(name)) is None:
+            specs[shell.stored_name(name)] = _stored_spec(shell, name)
+        elif linear.scheme:
+            prefix, dtype = shell.stored_prefix(linear.name), _stored_spec(shell, name)[0]
+            specs |= FORMATS[recipe.format].specs(prefix, linear.m, linear.n, linear.scheme, dtype)
+    kept = tuple(name for name in shell.part(layer.name) if name not in replaced)
+    return _Draft(layer.name, layer, linears, kept, specs)
+
+
+def _outside_notes(shell: Shell) -> list[str]:
+    notes = []
+    head = shell.model.get_output_embeddings()
+    if head is not None:
+        tied = getattr(shell.config, "tie_word_embeddings", False)
+        notes.append("lm_head: tied to the embedding, kept" if tied else "lm_head: kept in its original precision")
+    if shell.extra:
+        notes.append(f"{len(shell.extra)} tensors are not part of the model and are copied ({shell.extra[0]}, ...)")
+    return notes
+
+
+def _stored_spec(shell: Shell, name: str) -> Spec:
+    info = shell.source.tensors[shell.stored_name(name)]
+    return info.dtype, info.shape
+
+
+def _name_shards(drafts: list[_Draft], *, merged: bool) -> tuple[Unit, ...]:
+    """Cut each unit into files of at most SHARD_BYTES and number them all."""
+    cut = [_cut(draft.specs) for draft in drafts]
+    total = sum(len(files) for files in cut)
+    pattern = ".llmquant/part-{:05d}.safetensors" if merged else "model-{:05d}-of-" + f"{total:05d}.safetensors"
+    numbers = iter(range(1, total + 1))
+    return tuple(
+        Unit(
+            draft.name,
+            draft.layer,
+            draft.linears,
+            draft.kept,
+            tuple(Shard(pattern.format(next(numbers)), tensors) for tensors in files),
+        )
+        for draft, files in zip(drafts, cut, strict=True)
+    )
+
+
+def _cut(specs: dict[str, Spec]) -> list[dict[str, Spec]]:
+    files: list[dict[str, Spec]] = []
+    size = 0
+    for name, spec in specs.items():
+        size += spec_bytes(spec)
+        if not files or size > SHARD_BYTES:
+            files.append({})
+            size = spec_bytes(spec)
+        files[-1][name] = spec
+    return files

@@ -1,0 +1,125 @@
+"""What the user asks for: one flat, strict document. Unknown keys are refused with the nearest name."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmquant.errors import RecipeError
+from llmquant.scheme import Scheme
+
+Method = Literal["rtn", "gptq"]
+Format = Literal["compressed-tensors", "gptq"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationRecipe(_Strict):
+    """Which text the solver sees."""
+
+    source: str = "builtin"  # builtin | self | FILE.jsonl | FILE.txt | hf:NAME
+    samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=512, ge=8)
+
+
+class Override(_Strict):
+    """A different scheme for the linears whose full name matches; later overrides win.
+
+    `match` is an exact name or `re:` and a regular expression for the whole name.
+    """
+
+    match: str
+    skip: bool = False  # leave the linear in its original precision
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+    def matches(self, linear: str) -> bool:
+        if self.match.startswith("re:"):
+            return re.fullmatch(self.match[3:], linear) is not None
+        return self.match == linear
+
+    def apply(self, scheme: Scheme | None, default: Scheme) -> Scheme | None:
+        if self.skip:
+            return None
+        base = scheme or default
+        return Scheme(
+            self.bits or base.bits,
+            self.group_size or base.group_size,
+            base.symmetric if self.symmetric is None else self.symmetric,
+        )
+
+
+class Recipe(_Strict):
+    """One quantization run, completely."""
+
+    version: Literal[1] = 1
+    method: Method = "gptq"
+    scheme: Scheme = Scheme()
+    format: Format = "compressed-tensors"
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    overrides: tuple[Override, ...] = ()
+    seed: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> "Recipe":
+        """Validate a mapping.
+
+        Raises:
+            RecipeError: names the key or value, and the nearest key that exists.
+        """
+        try:
+            recipe = cls.model_validate(values)
+            for override in recipe.overrides:
+                override.matches("")  # compiles the expression
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_first_problem(error)}") from error
+        except re.error as error:
+            raise RecipeError(f"{where}: overrides: not a regular expression: {error}") from error
+        return recipe
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> "Recipe":
+        """Read a recipe file.
+
+        Raises:
+            RecipeError: the file cannot be read, or `from_dict` refuses its content.
+        """
+        return cls.from_dict(read_yaml(path), str(path))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file.
+
+    Raises:
+        RecipeError: it cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping such as `method: gptq`; found {type(values).__name__}")
+    return values
+
+
+KEYS = sorted({*Recipe.model_fields, *CalibrationRecipe.model_fields, *Override.model_fields})
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{key}: {problem['msg']}"
+    near = difflib.get_close_matches(str(problem["loc"][-1]), KEYS, 1)
+    return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(KEYS)}")

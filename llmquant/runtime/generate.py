@@ -1,0 +1,64 @@
+"""Text from a packed checkpoint: the shortest way from a prompt to an answer."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from llmquant.errors import CheckpointError
+from llmquant.kernels.ops import active_backend
+from llmquant.runtime.loader import load
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated text and how long it took."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    backend: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def stats(self) -> str:
+        rate = self.new_tokens / self.seconds
+        return f"{self.new_tokens} tokens in {self.seconds:.2f} s ({rate:.1f} tokens/s), kernel: {self.backend}"
+
+
+def generate(directory: Path, prompt: str, *, max_new_tokens: int = 128) -> Answer:
+    """Continue `prompt` greedily; through the chat template where the tokenizer has one.
+
+    Raises:
+        CheckpointError: the directory cannot be loaded, or has no tokenizer.
+    """
+    model = load(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise CheckpointError("--prompt: is empty; give some text to continue")
+    started = time.perf_counter()
+    with torch.inference_mode():
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    seconds = time.perf_counter() - started
+    new = ids[0, length:]
+    return Answer(tokenizer.decode(new, skip_special_tokens=True), length, len(new), seconds, active_backend())

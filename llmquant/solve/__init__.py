@@ -1,0 +1,1 @@
+"""The numerics: pure functions on tensors, no input or output."""

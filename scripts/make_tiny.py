@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Make a synthetic checkpoint of a known model family: random weights, a small trained tokenizer.
+
+The same options give the same bytes on the same versions of torch, transformers and tokenizers. Tests use it small,
+the memory benchmark large:
+
+    python scripts/make_tiny.py /tmp/tiny --arch qwen3
+    python scripts/make_tiny.py /tmp/large --layers 32 --hidden 2048 --intermediate 8192 --heads 16 --shard-mb 500
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+PROMPTS = Path(__file__).parent.parent / "llmquant" / "calibration" / "prompts"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2: unknown and padding, begin, end
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SLIDING = {"sliding_window": 32}  # short, so that a short test sees it at work
+EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": SLIDING,
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": SLIDING,
+    "gemma3": SLIDING | {"sliding_window_pattern": 2},
+    "phi3": {"original_max_position_embeddings": 2048},
+    "opt": {},
+    "gpt_neox": {},
+}
+MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to make. `shard_mb` 0: one file."""
+
+    arch: str = "llama"
+    layers: int = 2
+    hidden: int = 64
+    intermediate: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    vocab: int = 512
+    tied: int = 0
+    dtype: str = "bfloat16"
+    seed: int = 0
+    shard_mb: int = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the directory to write")
+    for field in fields(Spec):
+        choices = list(EXTRA) if field.name == "arch" else None
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices)
+    options = vars(parser.parse_args())
+    make_tiny(options.pop("out"), Spec(**options))
+
+
+def make_tiny(out: Path, spec: Spec) -> None:
+    """Write the checkpoint of `spec` to the directory `out`."""
+    shard = {"max_shard_size": spec.shard_mb * 10**6} if spec.shard_mb else {}
+    random_model(spec).save_pretrained(out, **shard)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained_tokenizer(spec.vocab),
+        unk_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+    )
+    tokenizer.save_pretrained(out)
+
+
+def random_model(spec: Spec) -> PreTrainedModel:
+    """Weights with the gain of a trained model; no bias is zero and no norm is one, so that a lost one shows."""
+    config = family_config(spec)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(spec.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def family_config(spec: Spec) -> Any:
+    gain = spec.hidden**-0.5
+    shape = {
+        "hidden_size": spec.hidden,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "vocab_size": spec.vocab,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": bool(spec.tied),
+    }
+    if spec.arch == "opt":
+        family = {"ffn_dim": spec.intermediate, "word_embed_proj_dim": spec.hidden, "init_std": gain}
+    elif spec.arch == "gpt_neox":
+        family = {"intermediate_size": spec.intermediate, "initializer_range": gain}
+    else:
+        family = {
+            "intermediate_size": spec.intermediate,
+            "num_key_value_heads": spec.kv_heads,
+            "head_dim": spec.hidden // spec.heads,
+            "initializer_range": gain,
+        }
+    return AutoConfig.for_model(MODEL_TYPE.get(spec.arch, spec.arch), **shape, **family, **EXTRA[spec.arch])
+
+
+def trained_tokenizer(vocab: int) -> Tokenizer:
+    """Byte-level BPE, trained on the built-in calibration prompts; it may end below a large `vocab`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocab, 4096),
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(prompt_lines(), trainer)
+    return tokenizer
+
+
+def prompt_lines() -> Iterator[str]:
+    for path in sorted(PROMPTS.glob("*.jsonl")):
+        yield from path.read_text(encoding="utf-8").splitlines()
+
+
+if __name__ == "__main__":
+    main()
