@@ -54,7 +54,9 @@ def main() -> None:
     tokenizer(facts).save(str(options.out / "tokenizer.json"))
     for name, content in json_files(facts).items():
         (options.out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{options.out}: {sum(t.n_elements for t in reader.tensors) / 1e6:.1f} million parameters in bf16\n")
+    sys.stdout.write(
+        f"{options.out}: {sum(t.n_elements for t in reader.tensors) / 1e6:.1f} million parameters in bf16\n"
+    )
 
 
 def installed_gguf() -> Path:

@@ -41,7 +41,7 @@ MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 
 @dataclass(frozen=True)
 class Spec:
-    """What to make. `shard_mb` 0: one file."""
+    """What to make; the sizes are those of a config.json."""
 
     arch: str = "llama"
     layers: int = 2
@@ -50,10 +50,10 @@ class Spec:
     heads: int = 4
     kv_heads: int = 2
     vocab: int = 512
-    tied: int = 0
+    tied: int = 0  # 1: the output layer is the embedding
     dtype: str = "bfloat16"
     seed: int = 0
-    shard_mb: int = 0
+    shard_mb: int = 5000
 
 
 def main() -> None:
@@ -69,8 +69,7 @@ def main() -> None:
 
 def make_tiny(out: Path, spec: Spec) -> None:
     """Write the checkpoint of `spec` to the directory `out`."""
-    shard = {"max_shard_size": spec.shard_mb * 10**6} if spec.shard_mb else {}
-    random_model(spec).save_pretrained(out, **shard)
+    random_model(spec).save_pretrained(out, max_shard_size=spec.shard_mb * 10**6)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trained_tokenizer(spec.vocab),
         unk_token=SPECIAL[0],

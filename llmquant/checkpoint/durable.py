@@ -102,10 +102,14 @@ def write_file(path: Path, chunks: Iterable[bytes | bytearray | memoryview], nby
 
 
 def sweep(directory: Path) -> None:
-    """Remove the temporary files that a killed run left in `directory`; nothing if it does not exist."""
+    """Remove what a killed run left in `directory` under a temporary name; nothing if it does not exist."""
     with reported(directory):
         for entry in sorted(directory.glob(TEMP + "*")):
-            if entry.is_symlink() or entry.is_file():
+            if entry.is_dir() and not entry.is_symlink():
+                for inner in sorted(entry.iterdir()):
+                    remove(inner)
+                entry.rmdir()
+            else:
                 remove(entry)
 
 

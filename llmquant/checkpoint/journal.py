@@ -1,7 +1,7 @@
 """Which units of work are durable, made from what, with which digests: all that a killed run needs to go on.
 
-OUT/.llmquant/ exists exactly while OUT is unfinished. Its journal.jsonl holds one line per committed unit, after a
-first line with the fingerprint of everything the output depends on:
+OUT/.llmquant/ exists exactly while OUT is unfinished, and holds what only that run needs. Its journal.jsonl has
+one line per committed unit, after a first line with the fingerprint of everything the output depends on:
 
     {"body": {...}, "sha256": digest of the line before's digest and of this body}
 
@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any
 
 from llmquant.checkpoint import durable
-from llmquant.checkpoint.source import read_small
 from llmquant.checkpoint.strict_json import parse_object
 from llmquant.errors import CheckpointError, NumericsError, OutputError
 
@@ -56,8 +55,7 @@ class Journal:
             if resume and journal._path.exists():
                 journal._load(head)
             else:
-                line, journal._digest = _line("", head)
-                durable.write_file(journal._path, [line], len(line))
+                journal._begin(head)
         except BaseException:
             journal.close()
             raise
@@ -81,7 +79,7 @@ class Journal:
         self.records.append(json.loads(line)["body"])
 
     def discard(self) -> None:
-        """The output is finished: remove the journal. The rename decides; what it leaves behind means nothing."""
+        """The output is finished: remove OUT/.llmquant with all it holds. One rename decides; the rest is sweeping."""
         with durable.reported(self._out):
             durable.replace(self._out / WORK, durable.temp_of(self._out / WORK))
             durable.fsync(self._out)
@@ -102,20 +100,29 @@ class Journal:
     ) -> None:
         self.close()
 
+    def _begin(self, head: dict[str, Any]) -> None:
+        """Write the first line; then remove the parts of an earlier run, which no record speaks of any more."""
+        line, self._digest = _line("", head)
+        durable.write_file(self._path, [line], len(line))
+        with durable.reported(self._path.parent):
+            for entry in sorted(self._path.parent.iterdir()):
+                if entry.name not in (self._path.name, "lock"):
+                    durable.remove(entry)
+
     def _load(self, head: dict[str, Any]) -> None:
         """Check the chain from the first line on, cut off a torn tail, compare the fingerprint."""
         try:
-            data = read_small(self._path)
-            whole = data.rfind(b"\n") + 1
-            bodies = [self._checked(line) for line in data[:whole].splitlines(keepends=True)]
-        except CheckpointError as error:
-            raise OutputError(f"{error}; or start anew with --no-resume") from error
+            data = self._path.read_bytes()
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be read: {error.strerror}; choose another -o") from error
+        whole = data.rfind(b"\n") + 1
+        bodies = [self._checked(line) for line in data[:whole].splitlines(keepends=True)]
         if not bodies:
             raise OutputError(f"{self._path}: has lost its first line; start anew with --no-resume")
         found, *self.records = bodies
         if found.get("journal") != VERSION:
             raise OutputError(f"{self._path}: was written by another version of llmquant; use that, or --no-resume")
-        if difference := _difference("", found["fingerprint"], head["fingerprint"]):
+        if difference := _difference("", found.get("fingerprint"), head["fingerprint"]):
             raise OutputError(f"{self._out}: {difference}; run it as it was begun, or start anew with --no-resume")
         if whole < len(data):
             with durable.reported(self._path):
@@ -123,12 +130,13 @@ class Journal:
 
     def _checked(self, line: bytes) -> dict[str, Any]:
         """The body of a line that continues the chain byte for byte."""
-        body = parse_object(line, self._path).get("body")
-        if isinstance(body, dict):
-            expected, digest = _line(self._digest, body)
-            if line == expected:
-                self._digest = digest
-                return body
+        with suppress(CheckpointError):
+            body = parse_object(line, self._path).get("body")
+            if isinstance(body, dict):
+                expected, digest = _line(self._digest, body)
+                if line == expected:
+                    self._digest = digest
+                    return body
         raise OutputError(f"{self._path}: is damaged or not in order; start anew with --no-resume")
 
 
@@ -148,9 +156,11 @@ def _locked(path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(fd)
+            if not isinstance(error, BlockingIOError):
+                raise
             out = path.parent.parent
             raise OutputError(f"{out}: locked by pid {holder}; wait for that run, or choose another -o") from None
         with suppress(FileNotFoundError):
@@ -169,7 +179,7 @@ def _difference(where: str, was: Any, now: Any) -> str | None:
             if found := _difference(inner, was.get(key, _ABSENT), now.get(key, _ABSENT)):
                 return found
         return None
-    return None if was == now else f"{where} was {_shown(was)}, is now {_shown(now)}"
+    return None if repr(was) == repr(now) else f"{where} was {_shown(was)}, is now {_shown(now)}"
 
 
 _ABSENT = object()

@@ -6,21 +6,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from llmquant.checkpoint.shard import Lazy, opened, read_exact, read_header, read_pieces
+from llmquant.checkpoint.shard import Lazy, opened, read_header, read_pieces, read_tensor
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a shard, in memory of their own, in file order."""
-    tensors = {}
     with opened(path) as fd:
-        for name, info in read_header(path).items():
-            data = torch.empty(info.nbytes, dtype=torch.uint8)
-            read_exact(fd, path, info.start, memoryview(data.numpy()))
-            tensors[name] = data.view(info.dtype).reshape(info.shape)
-    return tensors
+        return {name: read_tensor(fd, path, info) for name, info in read_header(path).items()}
 
 
 def lazy_tensors(path: Path) -> dict[str, Lazy]:

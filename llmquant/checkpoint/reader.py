@@ -14,10 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from llmquant.checkpoint.shard import Lazy, TensorInfo, opened, read_exact, read_header, read_pieces, read_prefix
+from llmquant.checkpoint.shard import Lazy, TensorInfo, opened, read_header, read_pieces, read_prefix, read_tensor
 from llmquant.checkpoint.source import check_config, locate, member, read_small
 from llmquant.checkpoint.strict_json import parse_object
 from llmquant.errors import CheckpointError
@@ -76,12 +75,8 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor `name` in memory of its own, on the CPU; CheckpointError if its shard changed since `open`."""
         info = self._info(name)
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=info.dtype)
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
         with self._unchanged(self.file_of[name]) as (fd, path):
-            read_exact(fd, path, info.start, memoryview(data.numpy()))
-        return data.view(info.dtype).reshape(info.shape)
+            return read_tensor(fd, path, info)
 
     def lazy(self, name: str) -> Lazy:
         """The tensor `name`, to be streamed in pieces of 16 MB; each `read` raises as `Checkpoint.read` does."""
@@ -147,8 +142,12 @@ def _weight_map(root: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map: is missing or empty; download the model again")
     for tensor, file in weight_map.items():
+        if not tensor.isprintable() or len(tensor) > 512:
+            raise CheckpointError(f"{path}: {tensor[:40]!r}: is no tensor name; download the model again")
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: {tensor}: is in {file!r}, not a .safetensors file; use a safetensors model")
+            raise CheckpointError(
+                f"{path}: {tensor}: is in {str(file)[:80]!r}, not a .safetensors file; use a safetensors model"
+            )
     for file in sorted(set(weight_map.values())):
         member(root, file)
     return weight_map
@@ -156,12 +155,17 @@ def _weight_map(root: Path) -> dict[str, str] | None:
 
 def _other_weights(root: Path) -> str:
     """Why there is nothing to read here, in the words of what is here instead."""
-    for entry in sorted(root.iterdir()):
-        if entry.suffix in WEIGHT_SUFFIXES[1:]:
-            return (
-                f"has its weights as {entry.suffix} ({entry.name}), only safetensors is read; convert the model first"
-            )
+    for name in _listing(root):
+        if name.endswith(WEIGHT_SUFFIXES[1:]):
+            return f"has no safetensors weights, and {name} is in a format that is not read; convert the model first"
     return f"has neither {SINGLE} nor {INDEX}; download the model again"
+
+
+def _listing(root: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(root))
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be listed: {error.strerror}; check its permissions") from error
 
 
 def _check_index(root: Path, weight_map: dict[str, str] | None, headers: dict[str, dict[str, TensorInfo]]) -> None:
@@ -182,18 +186,17 @@ def _check_index(root: Path, weight_map: dict[str, str] | None, headers: dict[st
             raise CheckpointError(
                 f"{root / file}: {name}: is missing, though {INDEX} lists it; download the model again"
             )
-    for entry in sorted(root.glob("model*.safetensors")):
-        if entry.name not in headers:
-            raise CheckpointError(f"{entry}: is not part of this model's index; remove it or download the model again")
+    for name in _listing(root):
+        if fnmatch(name, "model*.safetensors") and name not in headers:
+            raise CheckpointError(f"{root / name}: is not in {INDEX}; remove it or download the model again")
 
 
 def _side_files(root: Path, with_code: bool) -> tuple[str, ...]:
     patterns = (*SIDE_FILES, "*.py") if with_code else SIDE_FILES
-    names = [
-        entry.name
-        for entry in sorted(root.iterdir())
-        if any(fnmatch(entry.name, pattern) for pattern in patterns)
-        and not entry.name.endswith(WEIGHT_SUFFIXES)
-        and not entry.is_dir()
-    ]
-    return tuple(member(root, name).name for name in names)
+    return tuple(
+        member(root, name).name
+        for name in _listing(root)
+        if any(fnmatch(name, pattern) for pattern in patterns)
+        and not name.endswith(WEIGHT_SUFFIXES)
+        and not (root / name).is_dir()
+    )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from llmquant.checkpoint.strict_json import parse_object
 from llmquant.errors import CheckpointError
@@ -109,6 +110,15 @@ def read_exact(fd: int, path: Path, offset: int, buffer: memoryview) -> None:
         done += count
 
 
+def read_tensor(fd: int, path: Path, info: TensorInfo) -> Tensor:
+    """One tensor on the CPU, in memory of its own."""
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=info.dtype)
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    read_exact(fd, path, info.start, data.numpy().data)
+    return data.view(info.dtype).reshape(info.shape)
+
+
 def read_pieces(fd: int, path: Path, start: int, end: int) -> Iterator[bytearray]:
     """The bytes from `start` to `end`, in fresh buffers of at most 16 MB."""
     for offset in range(start, end, PIECE):
@@ -129,7 +139,7 @@ def read_prefix(fd: int, path: Path) -> bytes:
         raise CheckpointError(f"{path}: {what}, as an interrupted download leaves it; download it again")
     length = int.from_bytes(head[:8], "little")
     if length > HEADER_LIMIT:
-        raise _broken(path, f"claims a header of {length} bytes (limit {HEADER_LIMIT}), so it is not safetensors")
+        raise _broken(path, f"claims a header of {length} bytes (limit {HEADER_LIMIT}), so it is no model weights")
     if 8 + length > size:
         raise _broken(path, f"claims a header of {length} bytes but has only {size}, so it was cut short")
     prefix = bytearray(8 + length)

@@ -4,19 +4,20 @@ An index or a config is text from a stranger: its file names could point at the 
 loader fetch and run code. Both are settled here, before anything else is read.
 """
 
-import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from llmquant.checkpoint.shard import HEADER_LIMIT, opened, read_exact
 from llmquant.errors import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+KERNEL_KEY = re.compile("(attn|experts)_implementation")  # a value "owner/name" there is code on the Hub
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FETCHED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
 SKIPPED = ["*/*", "consolidated*"]  # folders (other runtimes' copies), Mistral's second copy of the weights
@@ -48,11 +49,8 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise CheckpointError(f"{name}: {why}") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
-            f"{name}: has no revision {revision!r} on the Hub; check it on the model's page"
+            f"{name}: has no revision {revision or 'main'!r} on the Hub; check it on the model's page"
         ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise CheckpointError(f"{name}: the Hub answered with HTTP {status}; try again later") from error
     except Exception as error:  # the client passes on what its transports raise: httpx, xet, OSError, ValueError
         cause = str(error).split("\n")[0][:200]
         hint = "check the network and the name, or give a local directory"
@@ -67,7 +65,7 @@ def member(root: Path, name: str) -> Path:
     Inside means below `root` or, where `root` is a snapshot in a Hub cache, among the blobs that its links lead to.
     """
     path = root / name
-    if not name.isprintable() or not name.strip(". ") or set(name) & set("/\\:"):
+    if not name.isprintable() or len(name) > 255 or not name.strip(". ") or set(name) & set("/\\:"):
         raise CheckpointError(f"{root}: {name[:80]!r} is not a plain file name; do not use this checkpoint")
     try:
         target = Path(os.path.realpath(path, strict=True))
@@ -103,21 +101,24 @@ def check_config(path: Path, config: dict[str, Any], trust_remote_code: bool) ->
     """Refuse a config.json that would make transformers fetch or run code, or that names no model type."""
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: model_type: is missing; is this the directory of a transformers model?")
-    for where, key, value in _walk("", config):
+    for where, key, value in _walk(path, config):
+        option = f"{path}: {where[:200]!r}"
         if key == "auto_map" and not trust_remote_code:
-            raise CheckpointError(
-                f"{path}: {where}: the model needs its own code; read it, then pass trust_remote_code"
-            )
-        kernel = key.strip("_") in ("attn_implementation", "experts_implementation") and "/" in json.dumps(value)
+            raise CheckpointError(f"{option}: the model needs its own code; read it, then pass trust_remote_code")
+        kernel = isinstance(value, str) and "/" in value and KERNEL_KEY.search(where)
         if key.startswith("__") or key.endswith("_internal") or key == "trust_remote_code" or kernel:
-            raise CheckpointError(f"{path}: {where}: can make a loader run foreign code; remove the key")
+            raise CheckpointError(f"{option}: can make a loader run foreign code; remove the key")
 
 
-def _walk(prefix: str, value: Any) -> list[tuple[str, str, Any]]:
-    """Every (dotted path, key, value) of nested JSON."""
-    if isinstance(value, list):
-        return [found for item in value for found in _walk(prefix, item)]
-    if not isinstance(value, dict):
-        return []
-    here = [(f"{prefix}{key}", key, item) for key, item in value.items()]
-    return here + [found for where, _, item in here for found in _walk(f"{where}.", item)]
+def _walk(path: Path, config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(dotted path, last key, value) of everything in nested JSON; list items have the path of their list."""
+    pending: list[tuple[str, str, Any, int]] = [("", "", config, 0)]
+    while pending:
+        where, key, value, depth = pending.pop()
+        yield where, key, value
+        if depth > 32:
+            raise CheckpointError(f"{path}: {where[:80]!r}: is nested too deep; download the file again")
+        if isinstance(value, dict):
+            pending += [(f"{where}.{inner}".strip("."), inner, item, depth + 1) for inner, item in value.items()]
+        elif isinstance(value, list):
+            pending += [(where, "", item, depth + 1) for item in value]

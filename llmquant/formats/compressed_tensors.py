@@ -1,0 +1,164 @@
+"""The compressed-tensors layout "pack-quantized": the native one of vLLM, read by SGLang and transformers too.
+
+    <p>.weight_packed      int32 [m, ceil(n * bits / 32)]  codes, packed along n
+    <p>.weight_scale       float [m, G]                    in the model's dtype
+    <p>.weight_zero_point  int32 [ceil(m * bits / 32), G]  packed along m; only if asymmetric
+    <p>.weight_shape       int64 [2]                       m, n
+
+The library speaks of signed codes and stores them with 2**(bits - 1) added: our unsigned codes, and zero points alike.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import CheckpointError
+from llmquant.formats import bits
+from llmquant.formats.checks import read_checked, read_scheme, stored_scales
+from llmquant.scheme import Quantized, Scheme
+
+NAME = "compressed-tensors"
+LAYOUT = "pack-quantized"
+
+
+def specs(
+    prefix: str, m: int, n: int, scheme: Scheme, dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes in file order."""
+    groups = scheme.groups(n)
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{prefix}.weight_packed": (torch.int32, (m, bits.words(n, scheme.bits))),
+        f"{prefix}.weight_scale": (dtype, (m, groups)),
+    }
+    if not scheme.symmetric:
+        found[f"{prefix}.weight_zero_point"] = (torch.int32, (bits.words(m, scheme.bits), groups))
+    return found | {f"{prefix}.weight_shape": (torch.int64, (2,))}
+
+
+def pack(prefix: str, q: Quantized, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of `specs`.
+
+    Raises:
+        NumericsError: a scale is not exact in `dtype`.
+    """
+    tensors = {
+        f"{prefix}.weight_packed": bits.pack(q.codes, scheme.bits),
+        f"{prefix}.weight_scale": stored_scales(f"{prefix}.weight_scale", q.scales, dtype),
+    }
+    if not scheme.symmetric:
+        tensors[f"{prefix}.weight_zero_point"] = bits.pack(q.zeros.T, scheme.bits).T.contiguous()
+    return tensors | {f"{prefix}.weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64)}
+
+
+def unpack(prefix: str, read: Callable[[str], Tensor], m: int, n: int, scheme: Scheme) -> Quantized:
+    """The inverse of `pack`.
+
+    Raises:
+        CheckpointError: a tensor is malformed.
+    """
+    tensors = read_checked(read, specs(prefix, m, n, scheme, torch.float32))
+    if (shape := tensors["weight_shape"].tolist()) != [m, n]:
+        raise CheckpointError(
+            f"{prefix}.weight_shape: is {shape}, expected {[m, n]}; is config.json of this checkpoint?"
+        )
+    scales = tensors["weight_scale"].float()
+    zeros = torch.full(scales.shape, scheme.midpoint, dtype=torch.uint8, device=scales.device)
+    if not scheme.symmetric:
+        zeros = bits.unpack(tensors["weight_zero_point"].T, scheme.bits, m).T.contiguous()
+    return Quantized(bits.unpack(tensors["weight_packed"], scheme.bits, n), scales, zeros)
+
+
+def refuse(m: int, n: int, scheme: Scheme) -> str | None:
+    """Why a linear of this shape cannot be held; None if it can. Rows may end inside a word."""
+    return f"group size {scheme.group_size} does not divide {n} columns" if n % scheme.width(n) else None
+
+
+def config_block(schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[str, Any]:
+    """One group per scheme. A single scheme is that of every Linear not ignored; several name their linears.
+
+    With asymmetric weights `dequantize` is set: transformers reads them only so, servers ignore it.
+    """
+    distinct = list(dict.fromkeys(schemes.values()))
+    members = {scheme: [name for name, own in schemes.items() if own == scheme] for scheme in distinct}
+    targets = members if len(distinct) > 1 else {distinct[0]: ["Linear"]}
+    block = {
+        "quant_method": NAME,
+        "format": LAYOUT,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": list(skipped),
+        "config_groups": {f"group_{i}": _group(scheme, targets[scheme]) for i, scheme in enumerate(distinct)},
+    }
+    return block if all(scheme.symmetric for scheme in distinct) else block | {"dequantize": True}
+
+
+def read_config(block: dict[str, Any], linears: Sequence[str]) -> dict[str, Scheme]:
+    """Which linears are quantized, and how; also from what llm-compressor writes.
+
+    Raises:
+        CheckpointError: another layout than pack-quantized, or a group or pattern that cannot be read.
+    """
+    ignored = block.get("ignore") or []
+    groups = [(group["targets"], _scheme(group, block)) for group in (block.get("config_groups") or {}).values()]
+    schemes = {}
+    for name in linears:
+        if any(_rank(target, name) for target in ignored):
+            continue
+        ranked = [(_rank(target, name), scheme) for targets, scheme in groups for target in targets]
+        rank, scheme = max(ranked, key=lambda pair: pair[0], default=(0, None))
+        if rank and scheme:
+            schemes[name] = scheme
+    return schemes
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    channel = scheme.group_size == -1
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+
+
+def _scheme(group: dict[str, Any], block: dict[str, Any]) -> Scheme:
+    """The scheme of a config group, if all that it asks for is integer weights in this layout."""
+    weights = group.get("weights") or {}
+    group_size = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
+    wanted = {
+        "format": (group.get("format") or block.get("format"), (LAYOUT,)),
+        "input_activations": (group.get("input_activations"), (None,)),
+        "type": (weights.get("type", "int"), ("int",)),
+        "strategy": (weights.get("strategy", "group"), ("group", "channel")),
+        "actorder": (weights.get("actorder"), (None, "weight", "static")),
+    }
+    for option, (value, known) in wanted.items():
+        if value not in known:
+            raise CheckpointError(
+                f"config.json: quantization_config: {option} {value!r} is not supported; "
+                f"use a checkpoint with {' or '.join(map(repr, known))}"
+            )
+    return read_scheme(weights.get("num_bits"), group_size, weights.get("symmetric", True))
+
+
+def _rank(target: str, name: str) -> int:
+    """How well a target fits a linear: 3 by its name, 2 by a pattern, 1 by its class, 0 not at all."""
+    if target == name:
+        return 3
+    if not target.startswith("re:"):
+        return int(target == "Linear")
+    try:
+        return 2 if re.match(target[3:], name) else 0
+    except re.error as error:
+        raise CheckpointError(f"config.json: quantization_config: {target!r} is no pattern: {error}") from error
