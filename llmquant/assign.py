@@ -47,7 +47,7 @@ def _requested(linear: str, recipe: Recipe) -> Scheme | None:
 
 
 def _settle(name: str, m: int, n: int, scheme: Scheme | None, recipe: Recipe) -> Linear:
-    """Fit the requested scheme to the shape: the next smaller group that divides, else what the format refuses is kept."""
+    """Fit the requested scheme to the shape: the next smaller group that divides; keep what the format refuses."""
     if scheme is None:
         return Linear(name, m, n, None, "kept: the recipe skips it")
     note = ""

@@ -14,17 +14,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from llmquant.checkpoint.reader import Checkpoint
 from llmquant.display import Display, console, show_plan, show_table
 from llmquant.errors import GateError, LlmquantError, RecipeError
 from llmquant.evaluate.run import evaluate as run_evaluation
-from llmquant.inspect import inspect as inspect_directory
+from llmquant.inspect import inspect_checkpoint
 from llmquant.pipeline import Options, open_plan
 from llmquant.pipeline import quantize as run_quantize
 from llmquant.recipe import Recipe, read_yaml
 from llmquant.runtime.generate import generate as run_generate
-from llmquant.verify import verify as run_verify
-from llmquant.version import __version__
+from llmquant.verify import verify_checkpoint
 
 app = typer.Typer(
     help="INT4 quantization of Hugging Face LLM checkpoints.",
@@ -106,7 +104,7 @@ def quantize(
 @app.command()
 def verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: Json = False) -> None:
     """Check that a finished directory is whole, finite, as its recipe says, and unchanged."""
-    files = run_verify(directory)
+    files = verify_checkpoint(directory)
     if as_json:
         print_json({"directory": str(directory), "verified": True, "files": files})
     else:
@@ -118,7 +116,7 @@ def inspect(
     directory: Annotated[str, typer.Argument(metavar="DIR")], trust_remote_code: Trust = False, as_json: Json = False
 ) -> None:
     """Show architecture, parameters, bits per weight, and what quantizing would cost."""
-    facts = inspect_directory(directory, trust_remote_code=trust_remote_code)
+    facts = inspect_checkpoint(directory, trust_remote_code=trust_remote_code)
     print_json(facts) if as_json else show_table(facts)
 
 
@@ -235,6 +233,9 @@ def main() -> None:
     except LlmquantError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'the machine'}: {error.strerror or error}\n")
+        sys.exit(1)
     except Stopped as stopped:
         sys.stderr.write("stopped; finished layers are kept, the same command continues\n")
         sys.exit(128 + stopped.args[0])

@@ -9,7 +9,7 @@ from llmquant.checkpoint import durable
 from llmquant.checkpoint.journal import WORK, Journal
 from llmquant.checkpoint.parts import lazy_tensors
 from llmquant.checkpoint.reader import Checkpoint
-from llmquant.checkpoint.writer import copy_file, json_bytes, write_json, write_shard
+from llmquant.checkpoint.writer import TensorSource, copy_file, json_bytes, write_json, write_shard
 from llmquant.errors import OutputError, VerifyError
 from llmquant.formats import FORMATS
 from llmquant.manifest import LOG, MANIFEST, RECIPE, manifest_bytes, read_manifest, sealed
@@ -37,8 +37,20 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{out}: holds files that llmquant did not make; choose an empty directory")
     if not overwrite:
         raise OutputError(f"{out}: holds a finished checkpoint; use --overwrite to replace it")
-    for name in ("config.json", *read_manifest(out), LOG, MANIFEST):
-        durable.remove(out / name)
+    _remove(out, ["config.json", *read_manifest(out), LOG, MANIFEST])
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run left in a directory whose journal begins anew; config.json first."""
+    weights = sorted(path.name for path in out.glob("model*.safetensors"))
+    _remove(out, ["config.json", MANIFEST, LOG, RECIPE, INDEX, *weights])
+
+
+def _remove(out: Path, names: list[str]) -> None:
+    with durable.reported(out):
+        for name in names:
+            if (out / name).exists():
+                durable.remove(out / name)
 
 
 def finish(out: Path, plan: Plan, source: Checkpoint, calibration: Calibration | None, journal: Journal) -> None:
@@ -60,13 +72,10 @@ def finish(out: Path, plan: Plan, source: Checkpoint, calibration: Calibration |
     durable.write_file(out / MANIFEST, [manifest_bytes(digests)])
     write_json(out / "config.json", config)
     if problems := problems_of(out):
-        durable.remove(out / "config.json")
+        with durable.reported(out):
+            durable.remove(out / "config.json")
         raise VerifyError(f"{out}: {problems[0]}; {len(problems)} problems in all, start anew with --no-resume")
-    if plan.merged:
-        for unit in plan.units:
-            for shard in unit.shards:
-                durable.remove(out / shard.file)
-    journal.discard()
+    journal.discard()  # and with it the parts that were merged
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:
     """The final weight files and their digests: one merged file, or the shards as they are and an index."""
     shards = [shard for unit in plan.units for shard in unit.shards]
     if plan.merged:
-        tensors = {}
+        tensors: dict[str, TensorSource] = {}
         for shard in shards:
             tensors |= lazy_tensors(out / shard.file)
         return {SINGLE: write_shard(out / SINGLE, tensors)}

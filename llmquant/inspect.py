@@ -12,7 +12,7 @@ from llmquant.model.shell import Shell, read_config
 from llmquant.recipe import Recipe
 
 
-def inspect(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect_checkpoint(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Facts about a checkpoint, quantized or not, as a flat dictionary.
 
     Raises:
@@ -31,7 +31,9 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False) -> dict[str, 
         "bytes": stored,
     }
     block = source.config.get("quantization_config")
-    return facts | (_quantized(source, block, layout) if block else _cost(source, layout)) | {"kernel": describe_backend()}
+    return (
+        facts | (_quantized(source, block, layout) if block else _cost(source, layout)) | {"kernel": describe_backend()}
+    )
 
 
 def _quantized(source: Checkpoint, block: dict[str, Any], layout: Layout) -> dict[str, Any]:

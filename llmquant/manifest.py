@@ -34,7 +34,9 @@ def read_manifest(directory: Path) -> dict[str, str]:
     try:
         lines = path.read_bytes().decode("utf-8").splitlines(keepends=True)
     except OSError as error:
-        raise VerifyError(f"{path}: cannot be read ({error.strerror}); llmquant did not finish this directory") from error
+        raise VerifyError(
+            f"{path}: cannot be read ({error.strerror}); llmquant did not finish this directory"
+        ) from error
     except UnicodeDecodeError as error:
         raise VerifyError(f"{path}: is damaged: not UTF-8 at byte {error.start}") from error
     digests = {}
@@ -53,6 +55,6 @@ def sealed(records: list[dict[str, Any]]) -> bytes:
 
 
 def is_sealed(data: bytes) -> bool:
-    body, newline, seal = data.removesuffix(b"\n").rpartition(b"\n")
+    body, newline, _ = data.removesuffix(b"\n").rpartition(b"\n")
     body += newline
     return data == body + json.dumps({"sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n"

@@ -16,9 +16,9 @@ from llmquant.checkpoint.parts import file_sha256, read_tensors
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.checkpoint.writer import write_shard
 from llmquant.errors import OutputError
-from llmquant.finish import check_output, finish
+from llmquant.finish import check_output, clear, finish
 from llmquant.formats import FORMATS
-from llmquant.model.shell import Shell, check_finite
+from llmquant.model.shell import Shell
 from llmquant.plan import Plan, Stack, Unit, make_plan
 from llmquant.recipe import Recipe
 from llmquant.scheme import Quantized, dequantize
@@ -58,7 +58,10 @@ class Silent:
     def finished(self, unit: Unit) -> None: ...
 
 
-def open_plan(model: str | Path, recipe: Recipe, options: Options = Options()) -> tuple[Shell, Plan]:
+DEFAULT, HERE, SILENT = Recipe(), Options(), Silent()
+
+
+def open_plan(model: str | Path, recipe: Recipe, options: Options = HERE) -> tuple[Shell, Plan]:
     """Open the checkpoint and decide everything; nothing is written."""
     source = Checkpoint.open(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
     shell = Shell(source, options.device, options.compute_dtype)
@@ -68,9 +71,9 @@ def open_plan(model: str | Path, recipe: Recipe, options: Options = Options()) -
 def quantize(
     model: str | Path,
     out: str | Path,
-    recipe: Recipe = Recipe(),
-    options: Options = Options(),
-    observer: Observer = Silent(),
+    recipe: Recipe = DEFAULT,
+    options: Options = HERE,
+    observer: Observer = SILENT,
 ) -> Plan:
     """Quantize the checkpoint `model` (a directory or a Hub name) into the directory `out`.
 
@@ -84,6 +87,8 @@ def quantize(
     check_output(out, shell.source.root, overwrite=options.overwrite)
     calibration = prepare(recipe, shell) if METHODS[recipe.method].calibrated else None
     with Journal.open(out, plan.fingerprint(shell, calibration), resume=options.resume) as journal:
+        if not journal.records:
+            clear(out)
         observer.planned(plan, calibration, done=len(journal.records))
         stream = Stream(shell, plan.layers, calibration.batches) if calibration else None
         for number, unit in enumerate(plan.units):
@@ -100,7 +105,8 @@ def process(
     unit: Unit, shell: Shell, stream: Stream | None, plan: Plan, out: Path, observer: Observer
 ) -> dict[str, Any]:
     """Fill, capture, solve, pack, write and advance one unit. Returns its journal record."""
-    tensors, modules = {}, []
+    tensors: dict[str, Tensor] = {}
+    modules = []
     with shell.filled(shell.part(unit.name)):
         for stack in unit.stacks:
             started = time.perf_counter()
@@ -151,9 +157,7 @@ def advance(unit: Unit, stream: Stream | None) -> str:
     return stream.digest()
 
 
-def replay(
-    unit: Unit, shell: Shell, stream: Stream | None, plan: Plan, out: Path, record: dict[str, Any]
-) -> None:
+def replay(unit: Unit, shell: Shell, stream: Stream | None, plan: Plan, out: Path, record: dict[str, Any]) -> None:
     """Bring the stream past a finished unit with the weights that its shard holds.
 
     Raises:

@@ -26,6 +26,8 @@ from llmquant.version import __version__
 SHARD_BYTES = 5_000_000_000  # the Hub's own default
 OUTSIDE = "outside"  # the unit of all tensors that belong to no decoder layer
 
+NOT_WEIGHT = {".weight_shape", ".g_idx"}  # bookkeeping that no kernel reads
+
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -102,7 +104,9 @@ class Plan:
             "model_type": self.model_type,
             "recipe": self.recipe.model_dump(mode="json"),
             "linears": {linear.name: str(linear.scheme) if linear.scheme else "kept" for linear in self.linears},
-            "files": [shard.file for unit in self.units for shard in unit.shards] if not self.merged else ["model.safetensors"],
+            "files": [shard.file for unit in self.units for shard in unit.shards]
+            if not self.merged
+            else ["model.safetensors"],
             "notes": list(self.notes),
             "bits_per_weight": self.bits_per_weight(),
             "bytes_in": self.bytes_in,
@@ -114,13 +118,13 @@ class Plan:
 
     def bits_per_weight(self) -> float:
         """Stored bits, scales and zero points included, per weight of the quantized linears."""
-        pack = FORMATS[self.recipe.format].specs
-        quantized = [linear for linear in self.linears if linear.scheme]
-        bits = 0
-        for linear in quantized:
-            specs = pack(linear.name, linear.m, linear.n, linear.scheme, torch.bfloat16)
-            bits += 8 * sum(spec_bytes(spec) for name, spec in specs.items() if not name.endswith("_shape"))
-        return bits / max(1, sum(linear.m * linear.n for linear in quantized))
+        stored = weights = 0
+        for linear in self.linears:
+            if linear.scheme:
+                specs = FORMATS[self.recipe.format].specs("", linear.m, linear.n, linear.scheme, torch.bfloat16)
+                stored += sum(spec_bytes(spec) for name, spec in specs.items() if name not in NOT_WEIGHT)
+                weights += linear.m * linear.n
+        return 8 * stored / weights
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -152,7 +156,10 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
     _check(recipe, shell.source)
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
     notes: list[str] = []
-    drafts = [_draft_outside(shell, layout), *(_draft_layer(layer, recipe, shell, layout, notes) for layer in layout.layers)]
+    drafts = [
+        _draft_outside(shell, layout),
+        *(_draft_layer(layer, recipe, shell, layout, notes) for layer in layout.layers),
+    ]
     total = sum(spec_bytes(spec) for draft in drafts for spec in draft.specs.values())
     units = _name_shards(drafts, merged=total <= SHARD_BYTES)
     if not any(linear.scheme for unit in units for linear in unit.linears.values()):
@@ -170,8 +177,8 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
     )
     if max_memory is not None and plan.estimate.memory > max_memory:
         raise OutputError(
-            f"--max-memory: this run needs about {plan.estimate.memory / 1e9:.1f} GB, allowed are {max_memory / 1e9:.1f} GB; "
-            "lower --samples or --seq-len"
+            f"--max-memory: this run needs about {plan.estimate.memory / 1e9:.1f} GB, "
+            f"allowed are {max_memory / 1e9:.1f} GB; lower --samples or --seq-len"
         )
     return plan
 
@@ -209,18 +216,17 @@ def _draft_outside(shell: Shell, layout: Layout) -> _Draft:
 
 
 def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout, notes: list[str]) -> _Draft:
-    linears = {}
-    for group in layer.groups:
-        for linear in assign(group, recipe, layout):
-            linears[linear.name] = linear
-            if linear.note:
-                notes.append(f"{linear.name.removeprefix(layer.name + '.')}: {linear.note}")
+    linears = {linear.name: linear for group in layer.groups for linear in assign(group, recipe, layout)}
+    notes += [
+        f"{name.removeprefix(layer.name + '.')}: {linear.note}" for name, linear in linears.items() if linear.note
+    ]
     replaced = {f"{linear.name}.weight": linear for linear in linears.values() if linear.scheme}
     specs: dict[str, Spec] = {}
     for name in shell.part(layer.name):
-        if (linear := replaced.get(name)) is None:
+        linear = replaced.get(name)
+        if linear is None or linear.scheme is None:
             specs[shell.stored_name(name)] = _stored_spec(shell, name)
-        elif linear.scheme:
+        else:
             prefix, dtype = shell.stored_prefix(linear.name), _stored_spec(shell, name)[0]
             specs |= FORMATS[recipe.format].specs(prefix, linear.m, linear.n, linear.scheme, dtype)
     kept = tuple(name for name in shell.part(layer.name) if name not in replaced)

@@ -22,7 +22,7 @@ from llmquant.recipe import Recipe
 from llmquant.scheme import Scheme
 
 
-def verify(directory: str | Path) -> int:
+def verify_checkpoint(directory: str | Path) -> int:
     """Check a finished directory. Returns the number of files whose digests hold.
 
     Raises:
@@ -84,7 +84,9 @@ def _content_problems(source: Checkpoint) -> Iterator[str]:
     yield from _tensor_problems(source, schemes, layout.shapes)
 
 
-def _tensor_problems(source: Checkpoint, schemes: dict[str, Scheme], shapes: dict[str, tuple[int, int]]) -> Iterator[str]:
+def _tensor_problems(
+    source: Checkpoint, schemes: dict[str, Scheme], shapes: dict[str, tuple[int, int]]
+) -> Iterator[str]:
     expected = expected_tensors(source, schemes, shapes)
     for name, (dtype, shape) in expected.items():
         info = source.tensors.get(name)

@@ -101,7 +101,7 @@ def build(
         tokens=dict(sorted(sum((s.sources for s in sequences), Counter[str]()).items())),
         sequences=len(sequences),
         digest=_digest(sequences),
-        notes=(*notes, *_tokenizer_notes(texts, tokenizer)),
+        notes=(*notes, *_tokenizer_notes(texts, tokenizer, vocab_size)),
     )
 
 
@@ -200,13 +200,16 @@ def _choose(sequences: list[Tokens], room: int, rng: Random) -> list[Tokens]:
     return [sequences[i] for i in sorted(rng.sample(range(len(sequences)), room))]
 
 
-def _tokenizer_notes(texts: list[Document], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _tokenizer_notes(texts: list[Document], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
+    if not texts:
+        return []
     conversations = sum(text.messages is not None for text in texts)
-    notes = []
+    notes = [f"the tokenizer puts {'no' if _bos(tokenizer) is None else 'a'} BOS token before text"]
     if conversations and tokenizer.chat_template is None:
         notes.append(f"{conversations} conversations joined as plain text: the tokenizer has no chat template")
-    if texts:
-        notes.append(f"the tokenizer puts {'no' if _bos(tokenizer) is None else 'a'} BOS token before text")
+    if len(tokenizer) != vocab_size:
+        # often padding of the embedding; also one or two added tokens that text cannot hold, so no error by itself
+        notes.append(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocab_size} rows")
     return notes
 
 

@@ -1,13 +1,12 @@
 """From a recipe's calibration source to token batches that fit the model."""
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from llmquant.calibration.batches import Calibration, build
 from llmquant.calibration.generate import continue_prompts
 from llmquant.calibration.sources import load_documents
-from llmquant.checkpoint.reader import Checkpoint
-from llmquant.errors import CalibrationError
 from llmquant.model.shell import Shell
+from llmquant.model.tokenizer import load_tokenizer
 from llmquant.recipe import Recipe
 
 
@@ -18,11 +17,14 @@ def prepare(recipe: Recipe, shell: Shell) -> Calibration:
         CalibrationError: the text or the tokenizer does not fit the model.
     """
     wanted = recipe.calibration
-    tokenizer = load_tokenizer(shell.source)
+    tokenizer = load_tokenizer(shell.source.root, trust_remote_code=shell.source.trust_remote_code)
     documents = load_documents("builtin" if wanted.source == "self" else wanted.source)
     if wanted.source == "self":
         # Token by token, every layer at once: the one step that needs the whole model in memory.
-        model = AutoModelForCausalLM.from_pretrained(shell.source.root, dtype=shell.dtype).to(shell.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            shell.source.root, dtype=shell.dtype, trust_remote_code=shell.source.trust_remote_code
+        ).eval()
+        model.to(device=shell.device)
         documents = continue_prompts(
             model, tokenizer, documents, samples=wanted.samples, seq_len=wanted.seq_len, seed=recipe.seed
         )
@@ -32,19 +34,6 @@ def prepare(recipe: Recipe, shell: Shell) -> Calibration:
         tokenizer,
         samples=wanted.samples,
         seq_len=wanted.seq_len,
-        vocab_size=shell.model.get_input_embeddings().num_embeddings,
+        vocab_size=shell.vocab_size,
         seed=recipe.seed,
     )
-
-
-def load_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer.
-
-    Raises:
-        CalibrationError: there is none, or it cannot be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source.root, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CalibrationError(f"{source.root}: its tokenizer cannot be loaded: {reason}") from error

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,11 @@ Observe = Callable[[Tensor, Tensor], None]  # (inputs [B, T, n] or [B * T, n], m
 
 class _Reached(Exception):
     """Ends a forward pass at the linear whose input was wanted."""
+
+
+def _observe_and_stop(observe: Observe, mask: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    observe(args[0], mask)
+    raise _Reached
 
 
 class Stream:
@@ -65,19 +71,15 @@ class Stream:
     def capture(self, layer: Layer, linear: str, observe: Observe) -> None:
         """Show `observe` every input of one linear of a filled layer; nothing after it is computed."""
 
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            observe(args[0], mask)
-            raise _Reached
-
-        handle = self._shell.model.get_submodule(linear).register_forward_pre_hook(stop)
-        try:
-            for states, mask in zip(self._hidden, self._masks, strict=True):
-                try:
-                    self._run(layer, states)
-                except _Reached:
-                    continue
-        finally:
-            handle.remove()
+        module = self._shell.model.get_submodule(linear)
+        for states, mask in zip(self._hidden, self._masks, strict=True):
+            handle = module.register_forward_pre_hook(partial(_observe_and_stop, observe, mask))
+            try:
+                self._run(layer, states)
+            except _Reached:
+                continue
+            finally:
+                handle.remove()
 
     def advance(self, layer: Layer) -> None:
         """Replace the hidden states by the filled layer's output."""
@@ -94,7 +96,7 @@ class Stream:
         """sha256 over the hidden states: equal streams, equal digests."""
         digest = hashlib.sha256()
         for states in self._hidden:
-            digest.update(states.contiguous().view(torch.uint8).numpy())
+            digest.update(states.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def nbytes(self) -> int:

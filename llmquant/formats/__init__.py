@@ -47,7 +47,8 @@ def for_config(block: dict[str, Any]) -> Format:
     """The layout that a `quantization_config` names. CheckpointError if it is none of ours."""
     method = block.get("quant_method")
     if method not in FORMATS:
+        known = " or ".join(FORMATS)
         raise CheckpointError(
-            f"config.json: quantization_config: quant_method {method!r} is not supported; use one of {', '.join(FORMATS)}"
+            f"config.json: quantization_config: quant_method {method!r} is not supported; use a checkpoint in {known}"
         )
     return FORMATS[method]

@@ -14,12 +14,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     octets = F.pad(codes, (0, -codes.shape[-1] % (32 // bits)))
     if bits == 4:
         octets = octets[..., 0::2] | octets[..., 1::2] << 4
-    return octets.contiguous().view(torch.int32)
+    return octets.flatten().view(torch.int32).reshape(*codes.shape[:-1], words(codes.shape[-1], bits))
 
 
 def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     """The first `n` codes, uint8 [..., n]: the inverse of `pack`."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.flatten().view(torch.uint8).reshape(*words.shape[:-1], 4 * words.shape[-1])
     if bits == 4:
         octets = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
     return octets[..., :n].contiguous()

@@ -42,8 +42,8 @@ def read_checked(
 def read_scheme(bits: Any, group_size: Any, symmetric: Any) -> Scheme:
     """A scheme from the values of a config.json. CheckpointError if they make none that can be read."""
     try:
-        if not isinstance(symmetric, bool):
-            raise RecipeError(f"symmetric: {symmetric!r} is neither true nor false")
+        if not (type(bits) is type(group_size) is int and type(symmetric) is bool):
+            raise RecipeError(f"bits {bits!r}, group_size {group_size!r}, symmetric {symmetric!r} make no scheme")
         return Scheme(bits, group_size, symmetric)
     except RecipeError as error:
         raise CheckpointError(f"config.json: quantization_config: {error}") from error

@@ -112,7 +112,7 @@ def config_block(schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[
     }
     if skipped:
         block["modules_in_block_to_quantize"] = [[name] for name in schemes]
-    rules = {f"-:{_exactly(name)}": {} for name in _with_fused(dict.fromkeys(skipped))}
+    rules: dict[str, Any] = {f"-:{_exactly(name)}": {} for name in _with_fused(dict.fromkeys(skipped))}
     unusual = _with_fused({name: scheme for name, scheme in schemes.items() if scheme != usual})
     rules |= {f"+:{_exactly(name)}": _options(scheme) for name, scheme in unusual.items()}
     return block | ({"dynamic": rules} if rules else {})

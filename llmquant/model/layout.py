@@ -181,19 +181,17 @@ def _layer(
     for call in inside:
         if call.is_linear:
             members.setdefault(call.source, []).append(call.module)
-    called = {linear for linears in members.values() for linear in linears}
-    linears = {f"{name}.{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-    if missed := sorted(set(linears) - called):
+    called = {linear for names in members.values() for linear in names}
+    linears = {f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    if missed := sorted(linears - called):
         raise ArchitectureError(
             f"{config.model_type}: cannot derive the input of {missed[0]}: the forward pass never calls it"
         )
-    groups = tuple(Group(tuple(linears), produced_by_norm.get(source)) for source, linears in members.items())
+    groups = tuple(Group(tuple(names), produced_by_norm.get(source)) for source, names in members.items())
     return Layer(name, groups, _folds(name, linears, family, config), returns_tuple)
 
 
-def _folds(
-    name: str, linears: dict[str, nn.Module], family: Family, config: PretrainedConfig
-) -> tuple[tuple[str, str], ...]:
+def _folds(name: str, linears: set[str], family: Family, config: PretrainedConfig) -> tuple[tuple[str, str], ...]:
     """Linear-to-linear fold pairs of one layer. With grouped-query attention one value row feeds several columns."""
     heads = config.num_attention_heads
     grouped_query = getattr(config, "num_key_value_heads", heads) not in (None, heads)

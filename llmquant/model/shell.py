@@ -64,6 +64,8 @@ class Shell:
         for name, buffer in self.model.named_buffers():
             self._place(name, buffer.to(self.device))
         self.names = checkpoint_names(self.model, source)
+        embedding = self.model.get_input_embeddings()
+        self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)
         used = set(self.names.values())
         self.extra = [name for name in source.tensors if name not in used]
 
@@ -97,6 +99,11 @@ class Shell:
             raise CheckpointError(f"{where}: shape {tuple(tensor.shape)}, but config.json asks for {expected}")
         check_finite(tensor, where)
         return tensor
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding: token ids must be below."""
+        return int(self.model.get_parameter(f"{self._embedding}.weight").shape[0])
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a tensor of the model, or of an extra one."""
@@ -148,7 +155,9 @@ def checkpoint_names(model: PreTrainedModel, source: Checkpoint) -> dict[str, st
     for name in (name for name in model.state_dict() if name not in tied):
         stored = next((spelling for spelling in spellings(name, model) if spelling in source.tensors), None)
         if stored is None:
-            raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
+            raise CheckpointError(
+                f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again"
+            )
         names[name] = stored
     return names
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from llmquant.errors import CheckpointError
 from llmquant.kernels.ops import active_backend
+from llmquant.model.tokenizer import load_tokenizer
 from llmquant.runtime.loader import load
 
 
@@ -38,16 +38,12 @@ def generate(directory: Path, prompt: str, *, max_new_tokens: int = 128) -> Answ
         CheckpointError: the directory cannot be loaded, or has no tokenizer.
     """
     model = load(directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer(directory)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    length = inputs["input_ids"].shape[1]
+        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    length = int(inputs["input_ids"].shape[1])
     if length == 0:
         raise CheckpointError("--prompt: is empty; give some text to continue")
     started = time.perf_counter()
@@ -61,4 +57,4 @@ def generate(directory: Path, prompt: str, *, max_new_tokens: int = 128) -> Answ
         )
     seconds = time.perf_counter() - started
     new = ids[0, length:]
-    return Answer(tokenizer.decode(new, skip_special_tokens=True), length, len(new), seconds, active_backend())
+    return Answer(str(tokenizer.decode(new, skip_special_tokens=True)), length, len(new), seconds, active_backend())

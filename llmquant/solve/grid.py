@@ -96,7 +96,9 @@ def _grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         scales = (high - low) / scheme.max_code
         zeros = torch.round(-low / scales.clamp(min=MIN_SCALE)).clamp_(0, scheme.max_code)
     if float(scales.max()) > MAX_SCALE:
-        raise NumericsError(f"a weight of magnitude {float(torch.maximum(high, -low).max()):.3g} needs a scale above fp16")
+        raise NumericsError(
+            f"a weight of magnitude {float(torch.maximum(high, -low).max()):.3g} needs a scale above fp16"
+        )
     return representable(scales), zeros.to(torch.uint8)
 
 

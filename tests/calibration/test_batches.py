@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmquant.calibration.batches import Calibration, build
+from llmquant.calibration.batches import Calibration, build, encode
 from llmquant.calibration.sources import Document, Message, load_documents
 from llmquant.errors import CalibrationError
 
@@ -64,7 +64,7 @@ def test_packing_loses_and_invents_nothing(make_tokenizer: MakeTokenizer) -> Non
     documents = [text(f"Passage number {i}, which is not long.") for i in range(20)]
     joined = [token for sequence in sequences(make(documents, tokenizer)) for token in sequence]
     assert sum(len(tokenizer(document.text).input_ids) + 1 for document in documents) - len(joined) < 8
-    passages, given = tokenizer.decode(joined).split("<eos>")[:-1], [document.text for document in documents]
+    passages, given = str(tokenizer.decode(joined)).split("<eos>")[:-1], [document.text for document in documents]
     assert len(set(passages)) == len(passages) >= 19
     assert set(passages) <= set(given)
     assert passages != given[: len(passages)]
@@ -91,6 +91,8 @@ def test_conversations_go_through_the_chat_template(make_tokenizer: MakeTokenize
     tokenizer = make_tokenizer(chat=True, bos=True)
     (sequence,) = sequences(make([document], tokenizer))
     assert tokenizer.decode(sequence[1:]) == "<|user|>What is the tide?<eos><|assistant|>The sea, breathing.<eos>"
+
+    assert encode(document, tokenizer) == sequence[1:]  # the template writes what it wants, BOS comes from packing
 
     plain = make([document], make_tokenizer(chat=False))
     assert tokenizer.decode(sequences(plain)[0]) == "What is the tide?\n\nThe sea, breathing.<eos>"
@@ -131,7 +133,7 @@ def test_text_fills_the_room_that_rows_leave(make_tokenizer: MakeTokenizer) -> N
 def test_a_long_text_is_sampled_all_over(make_tokenizer: MakeTokenizer) -> None:
     words = " ".join(str(i) for i in range(4000))
     calibration = make([text(words)], make_tokenizer(), samples=8, seq_len=64)
-    decoded = [make_tokenizer().decode(sequence).split()[1] for sequence in sequences(calibration)]
+    decoded = [str(make_tokenizer().decode(sequence)).split()[1] for sequence in sequences(calibration)]
     starts = [int(number) for number in decoded]
     assert starts == sorted(starts)
     assert starts[-1] - starts[0] > 1000
@@ -198,6 +200,15 @@ def test_ids_outside_the_vocabulary(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(CalibrationError, match=r"^a\.txt: token id \d+ is outside the model's vocabulary of 100"):
         make([text("Ordinary words in an ordinary order.")], make_tokenizer(), vocab_size=100)
     assert make([ids(*range(504, 512))], make_tokenizer()).tokens == {"ids": 8}
+
+
+def test_an_embedding_with_more_rows_than_the_tokenizer_is_noted(make_tokenizer: MakeTokenizer) -> None:
+    passage = [text("Ordinary words in an ordinary order.")]
+    assert (
+        "the tokenizer has 512 tokens, the model's embedding 640 rows"
+        in make(passage, make_tokenizer(), vocab_size=640).notes
+    )
+    assert not any("rows" in note for note in make(passage, make_tokenizer()).notes)
 
 
 @pytest.mark.parametrize("changes", [{"samples": 0}, {"seq_len": 7}, {"seq_len": 1}])

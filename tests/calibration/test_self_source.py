@@ -57,7 +57,12 @@ def test_the_seed_decides_and_the_global_generator_does_not(
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     assert write(7) == first
-    assert write(8) != first
+    assert {document.where for document in write(8)} != {document.where for document in first}  # other prompts
+
+    def retell(seed: int) -> list[Document]:
+        return continue_prompts(model, tokenizer, prompts[:1], samples=2, seq_len=48, seed=seed)
+
+    assert retell(7) != retell(8)  # and the same prompt in other words
 
 
 def test_more_samples_than_prompts(model: LlamaForCausalLM, make_tokenizer: MakeTokenizer) -> None:

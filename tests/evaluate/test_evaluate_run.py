@@ -33,6 +33,15 @@ def test_perplexity_with_its_protocol(tiny_checkpoint, text_file):
     json.dumps(facts, allow_nan=False)
 
 
+def test_line_ends_do_not_change_the_text(tiny_checkpoint, tmp_path):
+    results = []
+    for name, end in (("unix", "\n"), ("windows", "\r\n"), ("old-mac", "\r")):
+        path = tmp_path / name
+        path.write_bytes(TEXT.replace(". ", "." + end).encode())
+        results.append(evaluate(tiny_checkpoint, text_file=path, seq_len=32, max_windows=2).perplexity.nll)
+    assert results[0] == results[1] == results[2]
+
+
 def test_against_itself_nothing_diverges(tiny_checkpoint, text_file):
     facts = evaluate(
         tiny_checkpoint, text_file=text_file, seq_len=32, max_windows=2, baseline=tiny_checkpoint
@@ -52,7 +61,7 @@ def test_another_model_diverges(tiny_checkpoint, make_checkpoint, text_file):
 
 def test_local_dataset_is_joined_by_blank_lines(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = [TEXT, TEXT.upper()]
+    rows = [TEXT, "", TEXT.upper()]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     joined = tmp_path / "joined.txt"
@@ -61,6 +70,14 @@ def test_local_dataset_is_joined_by_blank_lines(tiny_checkpoint, tmp_path, monke
     by_file = evaluate(tiny_checkpoint, text_file=joined, seq_len=64)
     assert by_name.perplexity.nll == by_file.perplexity.nll
     assert "rows joined by blank lines" in by_name.perplexity.protocol.text
+
+
+def test_dataset_without_text_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
+    with pytest.raises(RecipeError, match="no column of strings named text"):
+        evaluate(tiny_checkpoint, dataset=str(tmp_path / "data"))
 
 
 def test_other_tokenizer_is_refused(tiny_checkpoint, make_checkpoint, text_file):

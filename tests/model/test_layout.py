@@ -120,7 +120,9 @@ def test_shapes_include_the_head() -> None:
 
 def test_fused_experts_are_refused_by_name() -> None:
     config = Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, **SIZES)
-    with pytest.raises(ArchitectureError, match=r"qwen3_moe: model\.layers\.0\.mlp\.experts\.\S+ .*belongs to no linear"):
+    with pytest.raises(
+        ArchitectureError, match=r"qwen3_moe: model\.layers\.0\.mlp\.experts\.\S+ .*belongs to no linear"
+    ):
         derive_layout(config)
 
 

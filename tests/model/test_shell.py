@@ -65,7 +65,11 @@ def test_checkpoints_without_the_base_prefix_are_matched(tmp_path: Path) -> None
     )
     OPTForCausalLM(config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({n.removeprefix("model."): t.clone() for n, t in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n.removeprefix("model."): t.clone() for n, t in tensors.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     shell = Shell(Checkpoint.open(tmp_path))
     name = "model.decoder.layers.0.fc1.weight"
     assert torch.equal(shell.read(name), tensors[name])
@@ -80,7 +84,9 @@ def test_a_missing_tensor_is_named(llama: Path) -> None:
 def test_a_wrong_shape_is_named(llama: Path) -> None:
     edit(llama, {"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 32, dtype=torch.bfloat16)})
     shell = Shell(Checkpoint.open(llama))
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight: shape \(3, 32\), but config\.json asks for \(48, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight: shape \(3, 32\), but config\.json asks for \(48, 32\)"
+    ):
         shell.read("model.layers.1.mlp.up_proj.weight")
 
 
@@ -89,7 +95,9 @@ def test_a_non_finite_weight_is_named_with_its_index(llama: Path, poison: float)
     weight = torch.zeros(48, 32, dtype=torch.bfloat16)
     weight[7, 3] = poison
     edit(llama, {"model.layers.1.mlp.up_proj.weight": weight})
-    with pytest.raises(NumericsError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight: .* at index \[7, 3\]"):
+    with pytest.raises(
+        NumericsError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight: .* at index \[7, 3\]"
+    ):
         Shell(Checkpoint.open(llama)).read("model.layers.1.mlp.up_proj.weight")
 
 

@@ -51,7 +51,9 @@ def test_minmax_rounding_error_is_within_half_a_step(scheme: Scheme) -> None:
 
 def test_every_code_is_reached_and_decoded_exactly() -> None:
     scheme = Scheme(4, 32, symmetric=False)
-    q = encode((torch.arange(32) % 16).float()[None] - 5, torch.ones(1, 1), torch.full((1, 1), 5, dtype=torch.uint8), scheme)
+    q = encode(
+        (torch.arange(32) % 16).float()[None] - 5, torch.ones(1, 1), torch.full((1, 1), 5, dtype=torch.uint8), scheme
+    )
     assert q.codes[0, :16].tolist() == list(range(16))
     assert torch.equal(dequantize(q, scheme)[0, :16], torch.arange(16.0) - 5)
 

@@ -1,0 +1,39 @@
+"""llmquant: INT4 quantization of Hugging Face LLM checkpoints, streamed, crash-safe and verified.
+
+checkpoint/   safetensors directories on disk: validated reads, atomic writes, journal
+model/        structure of an architecture; one layer in memory at a time
+calibration/  text in, token batches out; activations from layer to layer
+solve/        scales, Hessians, GPTQ: pure functions on tensors
+formats/      packed layouts: compressed-tensors, GPTQ
+kernels/      INT4 matmul: the definition and the C++ path
+runtime/      a packed checkpoint as a transformers model
+evaluate/     perplexity, KL divergence, agreement
+
+plan.py decides everything, pipeline.py does it, verify.py proves it.
+"""
+
+from typing import Any
+
+from llmquant.version import __version__
+
+_HOMES = {  # imported on first use: `import llmquant` stays quick
+    "quantize": "pipeline",
+    "Options": "pipeline",
+    "Recipe": "recipe",
+    "Scheme": "scheme",
+    "verify_checkpoint": "verify",
+    "inspect_checkpoint": "inspect",
+    "load": "runtime.loader",
+    "generate": "runtime.generate",
+    "evaluate": "evaluate.run",
+    "LlmquantError": "errors",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmquant' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"llmquant.{_HOMES[name]}"), name)
