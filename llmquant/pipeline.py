@@ -18,8 +18,9 @@ from llmquant.checkpoint.writer import write_shard
 from llmquant.errors import OutputError
 from llmquant.finish import check_output, clear, finish
 from llmquant.formats import FORMATS
+from llmquant.memory import return_large_blocks
 from llmquant.model.shell import Shell
-from llmquant.plan import Plan, Stack, Unit, make_plan
+from llmquant.plan import Plan, Stack, Unit, check_original, make_plan
 from llmquant.recipe import Recipe
 from llmquant.scheme import Quantized, dequantize
 from llmquant.solve.hessian import Hessian
@@ -64,6 +65,7 @@ DEFAULT, HERE, SILENT = Recipe(), Options(), Silent()
 def open_plan(model: str | Path, recipe: Recipe, options: Options = HERE) -> tuple[Shell, Plan]:
     """Open the checkpoint and decide everything; nothing is written."""
     source = Checkpoint.open(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    check_original(source)
     shell = Shell(source, options.device, options.compute_dtype)
     return shell, make_plan(recipe, shell, options.max_memory)
 
@@ -82,6 +84,7 @@ def quantize(
     Raises:
         LlmquantError: one line that says what is wrong. Nothing in `out` then looks complete.
     """
+    return_large_blocks()
     out = Path(out)
     shell, plan = open_plan(model, recipe, options)
     check_output(out, shell.source.root, overwrite=options.overwrite)

@@ -150,10 +150,9 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
 
     Raises:
         RecipeError: the recipe contradicts itself or the model.
-        CheckpointError: the input is quantized already.
         OutputError: the run would need more than `max_memory` bytes.
     """
-    _check(recipe, shell.source)
+    _check_format(recipe)
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
     notes: list[str] = []
     drafts = [
@@ -188,11 +187,15 @@ def spec_bytes(spec: Spec) -> int:
     return dtype.itemsize * torch.Size(shape).numel()
 
 
-def _check(recipe: Recipe, source: Checkpoint) -> None:
+def check_original(source: Checkpoint) -> None:
+    """Raise CheckpointError if the input is quantized already."""
     quantized = source.config.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(f"{source.root}: is quantized already ({method}); start from the original checkpoint")
+
+
+def _check_format(recipe: Recipe) -> None:
     schemes = [recipe.scheme, *(override.apply(None, recipe.scheme) for override in recipe.overrides)]
     if recipe.format == "gptq" and any(scheme and not scheme.symmetric for scheme in schemes):
         raise RecipeError("format: servers refuse asymmetric GPTQ files; use --format compressed-tensors, or --sym")

@@ -33,7 +33,8 @@ def main() -> None:
             command = [sys.executable, "-m", "llmquant.cli", "quantize", model, "-o", out, *RECIPE]
             peaks[layers] = peak_of(command)
         ratio = peaks[layers] / peaks[options.layers[0]]
-        sys.stderr.write(f"{layers:3d} layers, {size / 1e6:7.1f} MB: peak {peaks[layers] / 1e6:7.1f} MB, {ratio:.3f} x\n")
+        line = f"{layers:3d} layers, {size / 1e6:7.1f} MB: peak {peaks[layers] / 1e6:7.1f} MB, {ratio:.3f} x\n"
+        sys.stderr.write(line)
     sys.stdout.write(json.dumps({"peak_rss_bytes": peaks}) + "\n")
 
 

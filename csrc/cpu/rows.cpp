@@ -33,6 +33,7 @@ constexpr int64_t CHUNK = 2 * LANES;
 
 using Float = float __attribute__((vector_size(4 * LANES)));
 using Int = int32_t __attribute__((vector_size(4 * LANES)));
+using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
 using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
 struct Pair {
@@ -46,8 +47,6 @@ Vector load(const void* from) {
     return value;
 }
 
-void store(float* to, Float value) { __builtin_memcpy(to, &value, sizeof value); }
-
 // The intrinsics are there because GCC makes a dozen instructions of the conversion, in place of one.
 Int widen(const uint8_t* from) {
 #if defined(__AVX512F__)
@@ -55,12 +54,9 @@ Int widen(const uint8_t* from) {
 #elif defined(__AVX2__)
     return (Int)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 #else
-    using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
     return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Shorts), Int);
 #endif
 }
-
-Float to_float(Int value) { return __builtin_convertvector(value, Float); }
 
 float sum(Float value) {
     for (int half = LANES / 2; half > 0; half /= 2)
@@ -94,15 +90,30 @@ class Row {
         shift = -scale * static_cast<float>(zeros ? zeros[group] : 1 << (BITS - 1));
     }
 
+    // A chunk's weights in the order of `arrange`.
     Pair weights(int64_t chunk) const {
-        const uint8_t* from = chunk < whole ? codes + chunk * BYTES : tail;
-        const Int low = widen(from);
-        const Int codes1 = BITS == 4 ? low & 15 : low, codes2 = BITS == 4 ? low >> 4 : widen(from + BYTES - LANES);
-        return {to_float(codes1) * scale + shift, to_float(codes2) * scale + shift};
+        const uint8_t* from = at(chunk);
+        if constexpr (BITS == 8) return {weight(widen(from)), weight(widen(from + LANES))};
+        const Int octets = widen(from);
+        return {weight(octets & 15), weight(octets >> 4)};
+    }
+
+    // A chunk's weights from left to right.
+    Pair in_order(int64_t chunk) const {
+        if constexpr (BITS == 8) return weights(chunk);
+        const Shorts octets = __builtin_convertvector(load<Bytes>(at(chunk)), Shorts);
+        const Shorts nibbles = (octets & 0x0f) | (octets & 0xf0) << 4;  // one to a byte
+        uint8_t bytes[sizeof nibbles];
+        __builtin_memcpy(bytes, &nibbles, sizeof nibbles);
+        return {weight(widen(bytes)), weight(widen(bytes + LANES))};
     }
 
   private:
     static constexpr int64_t BYTES = CHUNK * BITS / 8;
+
+    const uint8_t* at(int64_t chunk) const { return chunk < whole ? codes + chunk * BYTES : tail; }
+
+    Float weight(Int code) const { return __builtin_convertvector(code, Float) * scale + shift; }
 
     const uint8_t* codes;
     const float* scales;
@@ -184,14 +195,13 @@ void dequantize(const LlmquantLinear& task, int64_t first, int64_t last) {
         for (int64_t group = 0, chunk = 0; chunk < chunks; ++group) {
             row.enter(group);
             for (const int64_t end = min(chunks, chunk + ceil_div(task.group, CHUNK)); chunk < end; ++chunk) {
-                const Pair w = row.weights(chunk);
-                float halves[2][LANES], natural[CHUNK];
-                store(halves[0], w.first);
-                store(halves[1], w.second);
-                for (int i = 0; i < CHUNK; ++i)
-                    natural[i] = BITS == 4 ? halves[i % 2][i / 2] : halves[i / LANES][i % LANES];
+                const Pair w = row.in_order(chunk);
                 const int64_t column = chunk * CHUNK, count = min(CHUNK, task.columns - column);
-                __builtin_memcpy(task.y + r * task.columns + column, natural, count * sizeof(float));
+                float* to = task.y + r * task.columns + column;
+                if (count == CHUNK)
+                    __builtin_memcpy(to, &w, sizeof w);
+                else
+                    __builtin_memcpy(to, &w, count * sizeof(float));
             }
         }
     }

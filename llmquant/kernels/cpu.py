@@ -3,6 +3,7 @@
 import ctypes
 import os
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -43,14 +44,15 @@ class Native:
         if self._library.llmquant_abi() != ABI:
             raise OSError(f"{path} belongs to another version; reinstall llmquant")
 
+    def __str__(self) -> str:
+        threads = "OpenMP" if self._library.llmquant_threaded() else "one thread, built without OpenMP"
+        return f"{self.levels[0]}, {threads}"
+
     @cached_property
     def levels(self) -> list[str]:
         """The instruction sets that this machine can run, best first."""
-        names = iter(lambda: self._library.llmquant_level(len(found)), None)
-        found: list[str] = []
-        for name in names:
-            found.append(name.decode())
-        return found
+        names = map(self._library.llmquant_level, count())
+        return [name.decode() for name in takewhile(lambda name: name is not None, names)]
 
     def linear(
         self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: Scheme

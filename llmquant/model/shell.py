@@ -62,7 +62,7 @@ class Shell:
         self.config = read_config(source)
         self.model = empty_model(self.config, trust_remote_code=source.trust_remote_code)
         for name, buffer in self.model.named_buffers():
-            self._place(name, buffer.to(self.device))
+            place(self.model, name, buffer.to(self.device))
         self.names = checkpoint_names(self.model, source)
         embedding = self.model.get_input_embeddings()
         self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)
@@ -74,11 +74,11 @@ class Shell:
         """Hold the named tensors, in the compute dtype, for the length of a `with` block."""
         try:
             for name in names:
-                self._place(name, self.read(name).to(self.device, self.dtype))
+                place(self.model, name, self.read(name).to(self.device, self.dtype))
             yield
         finally:
             for name in names:
-                self._place(name, self._tensor(name).to("meta"))
+                place(self.model, name, self._tensor(name).to("meta"))
 
     def part(self, prefix: str) -> list[str]:
         """Names of the tensors below a module."""
@@ -122,19 +122,21 @@ class Shell:
 
     def set_weight(self, linear: str, weight: Tensor) -> None:
         """Put a (dequantized) weight [m, n] in the place of a filled linear's."""
-        self._place(f"{linear}.weight", weight.to(self.device, self.dtype))
+        place(self.model, f"{linear}.weight", weight.to(self.device, self.dtype))
 
     def _tensor(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(owner), leaf)
 
-    def _place(self, name: str, tensor: Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            module._buffers[leaf] = tensor
+
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer of any device and dtype."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
 
 
 def check_finite(tensor: Tensor, where: str) -> None:

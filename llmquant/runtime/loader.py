@@ -1,0 +1,99 @@
+"""A checkpoint in use: a transformers model whose quantized linears stay packed.
+
+The model is built without weights and filled one tensor at a time, so that memory peaks at about its packed size.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.errors import CheckpointError
+from llmquant.formats import for_config
+from llmquant.model.shell import check_finite, empty_model, read_config, spellings, tied_names
+from llmquant.runtime.linear import QuantLinear
+
+GENERATION = "generation_config.json"
+
+
+def load(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The causal language model of a checkpoint, quantized or not, on the CPU and in eval mode.
+
+    `dtype` is that of activations and of all that is not quantized; the checkpoint's own if not given.
+
+    Raises:
+        CheckpointError: a tensor is missing, malformed or does not fit config.json.
+        ArchitectureError: transformers does not know the model.
+        NumericsError: a tensor holds NaN or Inf.
+    """
+    source = Checkpoint.open(directory)
+    config = read_config(source)
+    dtype = dtype or stored_dtype(config)
+    model = empty_model(config)
+    model.config.dtype = dtype
+    names = [name for name in model.state_dict() if name not in tied_names(model)]
+    packed = quantize_linears(model, source)
+    for name in names:
+        if name not in packed:
+            _place(model, name, _read(name, model, source), dtype)
+    model.tie_weights()
+    _load_generation_config(model, source.root)
+    return model
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype of the original model, as config.json has it."""
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def quantize_linears(model: PreTrainedModel, source: Checkpoint) -> set[str]:
+    """Put a QuantLinear in the place of each linear that is quantized; the names of the weights they replace."""
+    block = source.config.get("quantization_config")
+    if not block:
+        return set()
+    layout = for_config(block)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    schemes = layout.read_config(block, list(linears))
+    for name, scheme in schemes.items():
+        m, n = linears[name].weight.shape
+        q = layout.unpack(name, lambda tensor: _read(tensor, model, source), m, n, scheme)
+        model.set_submodule(name, QuantLinear.from_quantized(q, scheme, linears[name].bias))
+    return {f"{name}.weight" for name in schemes}
+
+
+def _read(name: str, model: PreTrainedModel, source: Checkpoint) -> Tensor:
+    """A tensor by its name in the model, whatever the checkpoint calls it."""
+    stored = next((spelling for spelling in spellings(name, model) if spelling in source.tensors), None)
+    if stored is None:
+        raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
+    tensor = source.read(stored)
+    check_finite(tensor, f"{source.root / source.file_of[stored]}: {stored}")
+    return tensor
+
+
+def _place(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Fill a parameter or persistent buffer."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    expected = getattr(module, leaf)
+    if tensor.shape != expected.shape:
+        found = f"{tuple(tensor.shape)}, but config.json asks for {tuple(expected.shape)}"
+        raise CheckpointError(f"{name}: shape {found}; fetch the checkpoint again")
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if isinstance(expected, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, tensor)
+
+
+def _load_generation_config(model: PreTrainedModel, root: Path) -> None:
+    if not (root / GENERATION).is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(root)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{root / GENERATION}: cannot be read ({reason}); fetch it again") from error

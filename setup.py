@@ -1,0 +1,63 @@
+"""The native build: CMake makes llmquant/_native/llmquant_cpu.so; pyproject.toml holds everything else.
+
+LLMQUANT_NATIVE=0 leaves it out, LLMQUANT_NATIVE=1 makes its failure an error. By default an installation without CMake
+or a C++ compiler goes on without it: llmquant then computes with torch alone, and says so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+WANTED = os.environ.get("LLMQUANT_NATIVE", "")
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake in place of a compiler."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"  # no Python in it, so no Python version in its name
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        try:
+            self.cmake("-S", str(ROOT), "-B", self.build_temp, f"-DLLMQUANT_OUTPUT={output}")
+            self.cmake("--build", self.build_temp, "--parallel", "--config", "Release")
+        except (OSError, subprocess.CalledProcessError) as error:
+            if WANTED == "1":
+                raise SystemExit(f"error: LLMQUANT_NATIVE=1: the native kernels cannot be built: {error}") from error
+            sys.stderr.write(
+                f"warning: llmquant goes on without its native kernels, and will be slow: {error}\n"
+                "warning: install CMake 3.18 and a C++17 compiler, then reinstall; `llmquant inspect DIR` shows the kernel\n"
+            )
+
+    def cmake(self, *arguments: str) -> None:
+        program = shutil.which("cmake")
+        if program is None:
+            raise FileNotFoundError("there is no cmake on the PATH")
+        subprocess.run([program, *arguments], check=True)  # noqa: S603
+
+
+class AnyPythonWheel(bdist_wheel):
+    """One wheel per platform: the library serves every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+def main() -> None:
+    extension = Extension("llmquant._native.llmquant_cpu", sources=[], optional=WANTED != "1")
+    setup(
+        ext_modules=[] if WANTED == "0" else [extension],
+        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+    )
+
+
+main()
