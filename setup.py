@@ -34,7 +34,7 @@ class CMakeBuild(build_ext):
                 raise SystemExit(f"error: LLMQUANT_NATIVE=1: the native kernels cannot be built: {error}") from error
             sys.stderr.write(
                 f"warning: llmquant goes on without its native kernels, and will be slow: {error}\n"
-                "warning: install CMake 3.18 and a C++17 compiler, then reinstall; `llmquant inspect DIR` shows the kernel\n"
+                "warning: install CMake 3.18 or newer and a C++17 compiler, then install llmquant again\n"
             )
 
     def cmake(self, *arguments: str) -> None:

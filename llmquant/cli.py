@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from llmquant.display import Display, console, show_plan, show_table
+from llmquant.display import Display, console, results, show_plan, show_table
 from llmquant.errors import GateError, LlmquantError, RecipeError
 from llmquant.evaluate.run import evaluate as run_evaluation
 from llmquant.inspect import inspect_checkpoint
@@ -49,18 +49,18 @@ class Format(str, Enum):
 def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint directory or a Hub name.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
-    method: Annotated[Method | None, typer.Option(help="How codes are chosen. [default: gptq]")] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8. [default: 4]")] = None,
-    group_size: Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for per-channel. [default: 128]")] = None,
-    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point fixed or free. [default: --sym]")] = None,
-    format: Annotated[Format | None, typer.Option(help="Packed layout. [default: compressed-tensors]")] = None,
+    method: Annotated[Method | None, typer.Option(help="How codes are chosen. (default: gptq)")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8. (default: 4)")] = None,
+    group_size: Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for per-channel. (default: 128)")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point fixed or free. (default: --sym)")] = None,
+    format: Annotated[Format | None, typer.Option(help="Packed layout. (default: compressed-tensors)")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="builtin, self, FILE.jsonl, FILE.txt or hf:NAME. [default: builtin]")
+        str | None, typer.Option(help="builtin, self, FILE.jsonl, FILE.txt or hf:NAME. (default: builtin)")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in each of them. [default: 512]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. (default: 128)")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in each of them. (default: 512)")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file; options given here override it.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. (default: 0)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Refuse a run that needs more, as in 16GB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -91,7 +91,7 @@ def quantize(
     )
     if dry_run:
         plan = open_plan(model, wanted, options)[1]
-        print_json(plan.to_dict()) if as_json else show_plan(plan)
+        print_json(plan.to_dict()) if as_json else show_plan(plan, results)
         return
     with Display() as display:
         plan = run_quantize(model, out, wanted, options, display)

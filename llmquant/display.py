@@ -11,6 +11,7 @@ from llmquant.calibration.batches import Calibration
 from llmquant.plan import Plan, Unit
 
 console = Console(stderr=True, highlight=False)
+results = Console(highlight=False)  # stdout
 
 
 class Display:
@@ -68,8 +69,8 @@ class Display:
         self._last.clear()
 
 
-def show_plan(plan: Plan) -> None:
-    """The plan as `--dry-run` prints it."""
+def show_plan(plan: Plan, to: Console = console) -> None:
+    """The plan, in a few lines."""
     rows = {
         "model": f"{plan.model_type}, {len(plan.layers)} layers, {len(plan.linears)} linears",
         "method": f"{plan.recipe.method}, {plan.recipe.scheme}, format {plan.recipe.format}",
@@ -81,17 +82,17 @@ def show_plan(plan: Plan) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", value)
-    console.print(table)
+    to.print(table)
     for note in plan.notes:
-        console.print(f"note: {note}")
+        to.print(f"note: {note}", soft_wrap=True)
 
 
 def show_table(rows: dict[str, Any]) -> None:
-    """A two-column table of results, on stdout."""
+    """A two-column table of results."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", str(value))
-    Console(highlight=False).print(table)
+    results.print(table)
 
 
 def _memory() -> str:

@@ -114,11 +114,13 @@ def process(
         for stack in unit.stacks:
             started = time.perf_counter()
             H, tokens = capture(stack, unit, shell, stream)
-            for name, q, record in solve(stack, H, shell, plan):
+            solved = solve(stack, H, shell, plan)
+            seconds = (time.perf_counter() - started) / len(solved)  # the stack is one problem: each member's share
+            for name, q, record in solved:
                 shell.set_weight(name, dequantize(q, stack.scheme))
                 dtype = shell.stored_dtype(f"{name}.weight")
                 tensors |= FORMATS[plan.recipe.format].pack(shell.stored_prefix(name), q, stack.scheme, dtype)
-                record |= {"tokens": tokens, "seconds": round(time.perf_counter() - started, 3)}
+                record |= {"tokens": tokens, "seconds": round(seconds, 3)}
                 modules.append(record)
                 observer.solved(record)
         tensors |= {shell.stored_name(name): shell.read(name) for name in unit.kept}

@@ -26,6 +26,7 @@ from llmquant.version import __version__
 SHARD_BYTES = 5_000_000_000  # the Hub's own default
 OUTSIDE = "outside"  # the unit of all tensors that belong to no decoder layer
 
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NOT_WEIGHT = {".weight_shape", ".g_idx"}  # bookkeeping that no kernel reads
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -154,22 +155,17 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
     """
     _check_format(recipe)
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
-    notes: list[str] = []
-    drafts = [
-        _draft_outside(shell, layout),
-        *(_draft_layer(layer, recipe, shell, layout, notes) for layer in layout.layers),
-    ]
+    drafts = [_draft_outside(shell, layout), *(_draft_layer(layer, recipe, shell, layout) for layer in layout.layers)]
     total = sum(spec_bytes(spec) for draft in drafts for spec in draft.specs.values())
     units = _name_shards(drafts, merged=total <= SHARD_BYTES)
     if not any(linear.scheme for unit in units for linear in unit.linears.values()):
         raise RecipeError("recipe: no linear is left to quantize; loosen `overrides` or choose another group size")
-    notes += _outside_notes(shell)
     plan = Plan(
         recipe=recipe,
         model_type=layout.model_type,
         units=units,
         merged=total <= SHARD_BYTES,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=(*_linear_notes(units), *_outside_notes(shell)),
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=estimate(recipe, shell, layout),
         all_linears=tuple(layout.shapes),
@@ -218,11 +214,8 @@ def _draft_outside(shell: Shell, layout: Layout) -> _Draft:
     return _Draft(OUTSIDE, None, {}, kept, {shell.stored_name(name): _stored_spec(shell, name) for name in kept})
 
 
-def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout, notes: list[str]) -> _Draft:
+def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> _Draft:
     linears = {linear.name: linear for group in layer.groups for linear in assign(group, recipe, layout)}
-    notes += [
-        f"{name.removeprefix(layer.name + '.')}: {linear.note}" for name, linear in linears.items() if linear.note
-    ]
     replaced = {f"{linear.name}.weight": linear for linear in linears.values() if linear.scheme}
     specs: dict[str, Spec] = {}
     for name in shell.part(layer.name):
@@ -230,10 +223,25 @@ def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout, not
         if linear is None or linear.scheme is None:
             specs[shell.stored_name(name)] = _stored_spec(shell, name)
         else:
-            prefix, dtype = shell.stored_prefix(linear.name), _stored_spec(shell, name)[0]
+            prefix, dtype = shell.stored_prefix(linear.name), shell.stored_dtype(name)
+            if dtype not in WEIGHT_DTYPES:
+                raise CheckpointError(f"{name}: is stored as {dtype}; convert the checkpoint to BF16 first")
             specs |= FORMATS[recipe.format].specs(prefix, linear.m, linear.n, linear.scheme, dtype)
     kept = tuple(name for name in shell.part(layer.name) if name not in replaced)
     return _Draft(layer.name, layer, linears, kept, specs)
+
+
+def _linear_notes(units: tuple[Unit, ...]) -> list[str]:
+    """What departs from the recipe, said once: which linears, in how many layers, and why."""
+    where: dict[str, dict[str, set[str]]] = {}
+    for unit in units:
+        for linear in unit.linears.values():
+            if linear.note:
+                leaf = linear.name.removeprefix(unit.name + ".")
+                where.setdefault(linear.note, {}).setdefault(leaf, set()).add(unit.name)
+    return [
+        f"{', '.join(leaves)} in {len(set().union(*leaves.values()))} layers: {note}" for note, leaves in where.items()
+    ]
 
 
 def _outside_notes(shell: Shell) -> list[str]:

@@ -26,7 +26,8 @@ def test_a_group_size_that_does_not_divide_falls_back_in_the_open(make_checkpoin
     plan = planned(model, method="rtn", scheme={"group_size": 128})
     assert plan.schemes["model.layers.0.self_attn.q_proj"] == Scheme(4, 32)  # 96 = 3 * 32
     assert plan.schemes["model.layers.0.mlp.down_proj"] == Scheme(4, 128)
-    assert "self_attn.q_proj: group size 128 does not divide 96 columns: int4 g32 symmetric" in plan.notes
+    assert plan.notes[0].startswith("self_attn.q_proj, self_attn.k_proj, ")
+    assert plan.notes[0].endswith("in 2 layers: group size 128 does not divide 96 columns: int4 g32 symmetric")
 
 
 def test_where_nothing_divides_the_whole_row_is_the_group(make_checkpoint: Callable[..., Path]) -> None:

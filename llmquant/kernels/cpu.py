@@ -35,14 +35,14 @@ class Native:
         OSError: it is not there, or was built from other sources than this file.
     """
 
-    def __init__(self, path: Path = LIBRARY) -> None:
-        if not path.is_file():
-            raise OSError("it was not built; install a C++ compiler and CMake and reinstall llmquant")
-        self._library = ctypes.CDLL(os.fspath(path))
+    def __init__(self) -> None:
+        if not LIBRARY.is_file():
+            raise OSError("it was not built; install CMake and a C++ compiler, then llmquant again")
+        self._library = ctypes.CDLL(os.fspath(LIBRARY))
+        if self._library.llmquant_abi() != ABI:
+            raise OSError(f"{LIBRARY} belongs to another version; install llmquant again")
         self._library.llmquant_level.restype = ctypes.c_char_p
         self._library.llmquant_level.argtypes = [ctypes.c_int64]
-        if self._library.llmquant_abi() != ABI:
-            raise OSError(f"{path} belongs to another version; reinstall llmquant")
 
     def __str__(self) -> str:
         threads = "OpenMP" if self._library.llmquant_threaded() else "one thread, built without OpenMP"

@@ -50,8 +50,8 @@ def _backend() -> Native | str:
         return Native()
     except OSError as error:
         if wanted == "native":
-            raise RecipeError(f"{VARIABLE}: the native library is not there: {error}") from error
-        return f"the native library is not there: {error}"
+            raise RecipeError(f"{VARIABLE}: the native library cannot be used: {error}") from error
+        return f"the native library cannot be used: {error}"
 
 
 @torch.library.impl(_definitions, "w4_linear", "CompositeExplicitAutograd")

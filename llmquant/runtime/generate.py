@@ -37,7 +37,7 @@ def generate(directory: Path, prompt: str, *, max_new_tokens: int = 128) -> Answ
     Raises:
         CheckpointError: the directory cannot be loaded, or has no tokenizer.
     """
-    model = load(directory)
+    model: Any = load(directory)  # generate() is a mixin that the base class does not declare
     tokenizer = load_tokenizer(directory)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
