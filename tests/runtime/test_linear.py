@@ -1,0 +1,56 @@
+"""The packed linear layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from llmquant.runtime.linear import QuantLinear
+from llmquant.scheme import Quantized, Scheme, dequantize
+
+
+def quantized(scheme: Scheme, m: int = 12, n: int = 64) -> Quantized:
+    generator = torch.Generator().manual_seed(0)
+    grid = (m, scheme.groups(n))
+    codes = torch.randint(0, scheme.max_code + 1, (m, n), dtype=torch.uint8, generator=generator)
+    zeros = torch.full(grid, scheme.midpoint, dtype=torch.uint8)
+    if not scheme.symmetric:
+        zeros = torch.randint(0, scheme.max_code + 1, grid, dtype=torch.uint8, generator=generator)
+    return Quantized(codes, torch.rand(grid, generator=generator), zeros)
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, -1, symmetric=False), Scheme(8, 64)], ids=str)
+def test_it_computes_what_the_dequantized_linear_computes(scheme: Scheme, bias: bool, tokens: int) -> None:
+    q = quantized(scheme)
+    dense = nn.Linear(64, 12, bias=bias).requires_grad_(False)
+    dense.weight.copy_(dequantize(q, scheme))
+    packed = QuantLinear.from_quantized(q, scheme, dense.bias)
+    x = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(packed(x), dense(x), rtol=1e-5, atol=1e-4 * float(dense(x).abs().max()))
+
+
+def test_it_holds_the_bytes_that_its_scheme_promises() -> None:
+    linear = QuantLinear.from_quantized(quantized(Scheme(4, 32)), Scheme(4, 32))
+    sizes = {name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in linear.named_buffers()}
+    assert sizes == {"packed": (torch.uint8, (12, 32)), "scales": (torch.float32, (12, 2))}
+    assert list(linear.parameters()) == []
+    assert repr(linear) == "QuantLinear(in_features=64, out_features=12, int4 g32 symmetric)"
+
+
+def test_a_cast_of_the_model_leaves_the_scales_alone() -> None:
+    scheme = Scheme(4, 32)
+    q = quantized(scheme)
+    model = nn.Sequential(QuantLinear.from_quantized(q, scheme, nn.Parameter(torch.ones(12)))).half()
+    linear = model[0]
+    assert torch.equal(linear.scales, q.scales)
+    assert linear.bias.dtype == torch.float16
+    assert model(torch.ones(1, 64, dtype=torch.float16)).dtype == torch.float16
+
+
+def test_state_dict_round_trip() -> None:
+    scheme = Scheme(4, 32, symmetric=False)
+    source = QuantLinear.from_quantized(quantized(scheme), scheme)
+    target = QuantLinear.from_quantized(Quantized(*(torch.zeros_like(t) for t in quantized(scheme))), scheme)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(torch.ones(1, 64)), source(torch.ones(1, 64)))
