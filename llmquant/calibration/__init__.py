@@ -1,0 +1,1 @@
+"""Text in, token batches out, and the activations that they cause, layer after layer."""

@@ -1,0 +1,1 @@
+"""How much a checkpoint still knows: perplexity, and divergence from the original."""

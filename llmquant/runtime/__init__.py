@@ -1,0 +1,1 @@
+"""A packed checkpoint in use: as a transformers model, and from prompt to text."""
