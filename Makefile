@@ -6,11 +6,13 @@ JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
+CLIENTS := .venv-clients/bin
+CLIENTS_READY := .venv-clients/.ready
 MODEL := .cache/smollm2-135m
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py CMakeLists.txt) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench clean
+.PHONY: help setup model demo test clients lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +38,19 @@ demo: model ## quantize that model, verify, compare with the original, generate
 
 test: $(READY) ## all tests (JOBS=2 at a time)
 	$(BIN)/python -m pytest -n $(JOBS)
+
+clients: $(CLIENTS_READY) ## what transformers makes of our checkpoints, in .venv-clients
+	TORCHDYNAMO_DISABLE=1 $(CLIENTS)/python -m pytest tests/clients
+
+# gptqmodel asks for a newer torch and for all that quantizing needs; to load a checkpoint these packages are enough.
+$(CLIENTS_READY): $(BUILD_INPUTS)
+	test -x $(CLIENTS)/python || $(PYTHON) -m venv .venv-clients
+	$(CLIENTS)/python -m pip install --upgrade "pip>=25" "setuptools>=77"
+	$(CLIENTS)/python -m pip install $(TORCH)
+	$(CLIENTS)/python -m pip install --no-build-isolation -e ".[test]" compressed-tensors==0.20.0 optimum==2.3.0
+	$(CLIENTS)/python -m pip install --no-deps gptqmodel==7.7.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 \
+		pillow pypcre==0.6.4 threadpoolctl tokenicer==0.0.14
+	@touch $@
 
 lint: $(READY) ## style, types, import direction, sizes
 	$(BIN)/ruff check

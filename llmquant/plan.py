@@ -165,7 +165,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         model_type=layout.model_type,
         units=units,
         merged=total <= SHARD_BYTES,
-        notes=(*_linear_notes(units), *_outside_notes(shell)),
+        notes=(*_linear_notes(units), *_outside_notes(shell), *_caveats(units, recipe)),
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=estimate(recipe, shell, layout),
         all_linears=tuple(layout.shapes),
@@ -253,6 +253,11 @@ def _outside_notes(shell: Shell) -> list[str]:
     if shell.extra:
         notes.append(f"{len(shell.extra)} tensors are not part of the model and are copied ({shell.extra[0]}, ...)")
     return notes
+
+
+def _caveats(units: tuple[Unit, ...], recipe: Recipe) -> list[str]:
+    schemes = {linear.scheme for unit in units for linear in unit.linears.values() if linear.scheme}
+    return FORMATS[recipe.format].caveats(schemes)
 
 
 def _stored_spec(shell: Shell, name: str) -> Spec:

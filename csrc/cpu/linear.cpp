@@ -43,8 +43,7 @@ void share_rows(const LlmquantLinear& task, int64_t products, Work work) {
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static) if (parts > 1)
 #endif
-    for (int64_t part = 0; part < parts; ++part)
-        work(task.rows * part / parts, task.rows * (part + 1) / parts);
+    for (int64_t part = 0; part < parts; ++part) work(task.rows * part / parts, task.rows * (part + 1) / parts);
 }
 
 }  // namespace
@@ -68,9 +67,8 @@ int64_t llmquant_linear(const LlmquantLinear* task) {
     const std::unique_ptr<float[]> arranged(new (std::nothrow) float[size]);
     if (!arranged) return 1;
     kernels.arrange(*task, arranged.get());
-    llmquant::share_rows(*task, task->tokens * task->rows * task->columns, [&](int64_t first, int64_t last) {
-        kernels.multiply(*task, arranged.get(), first, last);
-    });
+    llmquant::share_rows(*task, task->tokens * task->rows * task->columns,
+                         [&](int64_t first, int64_t last) { kernels.multiply(*task, arranged.get(), first, last); });
     return 0;
 }
 

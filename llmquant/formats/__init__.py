@@ -3,7 +3,7 @@
 Every layout is a bijection of `Quantized`: what goes in comes out, bit for bit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +32,9 @@ class Format(Protocol):
 
     def refuse(self, m: int, n: int, scheme: Scheme) -> str | None:
         """Why a linear of this shape cannot be held; None if it can."""
+
+    def caveats(self, schemes: Collection[Scheme]) -> list[str]:
+        """One sentence for each client that cannot read these schemes from this layout."""
 
     def config_block(self, schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` of config.json: every quantized linear, in model order, and every one left as it is."""

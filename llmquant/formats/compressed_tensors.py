@@ -9,7 +9,7 @@ The library speaks of signed codes and stores them with 2**(bits - 1) added: our
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,10 +76,18 @@ def refuse(m: int, n: int, scheme: Scheme) -> str | None:
     return f"group size {scheme.group_size} does not divide {n} columns" if n % scheme.width(n) else None
 
 
+def caveats(schemes: Collection[Scheme]) -> list[str]:
+    """What a user should know about clients of this layout that cannot read these schemes."""
+    if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
+        return ["transformers refuses asymmetric weights in more than one scheme; vLLM reads them"]
+    return []
+
+
 def config_block(schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[str, Any]:
     """One group per scheme. A single scheme is that of every Linear not ignored; several name their linears.
 
-    With asymmetric weights `dequantize` is set: transformers reads them only so, servers ignore it.
+    With a single asymmetric scheme `dequantize` is set: transformers reads it only so, servers ignore it. With several
+    schemes that would make it read all linears by the first, wrongly and in silence; without, it refuses zero points.
     """
     distinct = list(dict.fromkeys(schemes.values()))
     members = {scheme: [name for name, own in schemes.items() if own == scheme] for scheme in distinct}
@@ -93,7 +101,7 @@ def config_block(schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[
         "ignore": list(skipped),
         "config_groups": {f"group_{i}": _group(scheme, targets[scheme]) for i, scheme in enumerate(distinct)},
     }
-    return block if all(scheme.symmetric for scheme in distinct) else block | {"dequantize": True}
+    return block | {"dequantize": True} if len(distinct) == 1 and not distinct[0].symmetric else block
 
 
 def read_config(block: dict[str, Any], linears: Sequence[str]) -> dict[str, Scheme]:

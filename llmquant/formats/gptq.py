@@ -12,7 +12,7 @@ Servers run only symmetric weights of this layout.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,18 @@ def refuse(m: int, n: int, scheme: Scheme) -> str | None:
         return f"group size {scheme.group_size} does not divide {n} columns"
     per_word = 32 // scheme.bits
     return f"{m} x {n} is not a multiple of {per_word} both ways" if m % per_word or n % per_word else None
+
+
+def caveats(schemes: Collection[Scheme]) -> list[str]:
+    """What a user should know about clients of this layout that cannot read these schemes."""
+    found = []
+    if len(schemes) > 1:
+        found.append(
+            "transformers reads a single scheme of gptq files; vLLM reads several, and so does compressed-tensors"
+        )
+    if any(scheme.group_size == -1 for scheme in schemes):
+        found.append("transformers' CPU kernel for gptq files needs groups of 32, 64 or 128; use compressed-tensors")
+    return found
 
 
 def config_block(schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[str, Any]:

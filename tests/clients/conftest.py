@@ -1,0 +1,42 @@
+"""Checkpoints that llmquant writes, for the programs that people load them with."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmquant.pipeline import quantize
+from llmquant.recipe import Recipe
+
+SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2-135m"
+
+
+@pytest.fixture(scope="session")
+def quantized(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`quantized("llama", format="gptq", scheme={...})`: a small model by that recipe, round-to-nearest if not said."""
+    made: dict[str, Path] = {}
+
+    def make(arch: str = "llama", **recipe: Any) -> Path:
+        key = f"{arch} {recipe}"
+        if key not in made:
+            source = make_checkpoint(arch=arch, hidden=128, intermediate=256)
+            made[key] = tmp_path_factory.mktemp("quantized") / "model"
+            quantize(source, made[key], Recipe.from_dict({"method": "rtn", **recipe}))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantized_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`quantized_smollm2("gptq")`: a trained model of 30 layers with tied embeddings, int4 g64, in that format."""
+    if not (SMOLLM2 / "config.json").is_file():
+        pytest.skip(f"no model at {SMOLLM2.relative_to(SMOLLM2.parents[1])}; run make model")
+
+    def make(layout: str) -> Path:
+        out = tmp_path_factory.mktemp("smollm2") / layout
+        quantize(SMOLLM2, out, Recipe.from_dict({"method": "rtn", "format": layout, "scheme": {"group_size": 64}}))
+        return out
+
+    return make
