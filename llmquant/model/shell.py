@@ -139,12 +139,22 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
+FINITE_PIECE = 1 << 22  # values looked at together: the check itself must not need memory for a whole embedding
+
+
 def check_finite(tensor: Tensor, where: str) -> None:
     """Raise NumericsError at the first NaN or Inf of a floating-point tensor, naming its index."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        index = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
-        value = float(tensor[tuple(index)])
-        raise NumericsError(f"{where}: {value} at index {index}; the checkpoint is damaged, fetch it again")
+    if not tensor.is_floating_point():
+        return
+    for number, piece in enumerate(tensor.reshape(-1).split(FINITE_PIECE)):
+        finite = torch.isfinite(piece)
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            flat = torch.tensor(number * FINITE_PIECE + first)
+            index = [int(i) for i in torch.unravel_index(flat, tensor.shape)]
+            raise NumericsError(
+                f"{where}: {float(piece[first])} at index {index}; the checkpoint is damaged, fetch it again"
+            )
 
 
 def checkpoint_names(model: PreTrainedModel, source: Checkpoint) -> dict[str, str]:
@@ -153,15 +163,16 @@ def checkpoint_names(model: PreTrainedModel, source: Checkpoint) -> dict[str, st
     Raises:
         CheckpointError: a tensor that the model needs is in no shard.
     """
-    names, tied = {}, tied_names(model)
-    for name in (name for name in model.state_dict() if name not in tied):
-        stored = next((spelling for spelling in spellings(name, model) if spelling in source.tensors), None)
-        if stored is None:
-            raise CheckpointError(
-                f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again"
-            )
-        names[name] = stored
-    return names
+    tied = tied_names(model)
+    return {name: stored_as(name, model, source) for name in model.state_dict() if name not in tied}
+
+
+def stored_as(name: str, model: PreTrainedModel, source: Checkpoint) -> str:
+    """The checkpoint's name of a tensor of the model; CheckpointError if it is in no shard."""
+    for spelling in spellings(name, model):
+        if spelling in source.tensors:
+            return spelling
+    raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
 
 
 # Heads that transformers renamed, while checkpoints and other loaders keep the old name.

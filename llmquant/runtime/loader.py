@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError
 from llmquant.formats import for_config
-from llmquant.model.shell import check_finite, empty_model, read_config, spellings, tied_names
+from llmquant.model.shell import check_finite, empty_model, place, read_config, stored_as, tied_names
 from llmquant.runtime.linear import QuantLinear
 
 GENERATION = "generation_config.json"
@@ -66,9 +66,7 @@ def quantize_linears(model: PreTrainedModel, source: Checkpoint) -> set[str]:
 
 def _read(name: str, model: PreTrainedModel, source: Checkpoint) -> Tensor:
     """A tensor by its name in the model, whatever the checkpoint calls it."""
-    stored = next((spelling for spelling in spellings(name, model) if spelling in source.tensors), None)
-    if stored is None:
-        raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
+    stored = stored_as(name, model, source)
     tensor = source.read(stored)
     check_finite(tensor, f"{source.root / source.file_of[stored]}: {stored}")
     return tensor
@@ -77,16 +75,11 @@ def _read(name: str, model: PreTrainedModel, source: Checkpoint) -> Tensor:
 def _place(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Fill a parameter or persistent buffer."""
     owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    expected = getattr(module, leaf)
+    expected = getattr(model.get_submodule(owner), leaf)
     if tensor.shape != expected.shape:
         found = f"{tuple(tensor.shape)}, but config.json asks for {tuple(expected.shape)}"
         raise CheckpointError(f"{name}: shape {found}; fetch the checkpoint again")
-    if tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    if isinstance(expected, nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=False)
-    setattr(module, leaf, tensor)
+    place(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def _load_generation_config(model: PreTrainedModel, root: Path) -> None:
