@@ -8,36 +8,56 @@ from llmquant.calibration.batches import Calibration
 from llmquant.checkpoint import durable
 from llmquant.checkpoint.journal import WORK, Journal
 from llmquant.checkpoint.parts import lazy_tensors
-from llmquant.checkpoint.reader import Checkpoint
 from llmquant.checkpoint.writer import TensorSource, copy_file, json_bytes, write_json, write_shard
 from llmquant.errors import OutputError, VerifyError
 from llmquant.formats import FORMATS
 from llmquant.manifest import LOG, MANIFEST, RECIPE, manifest_bytes, read_manifest, sealed
+from llmquant.model.shell import Shell
 from llmquant.plan import Plan, spec_bytes
-from llmquant.verify import problems_of
+from llmquant.verify import problems_of, verify_checkpoint
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+def check_output(out: Path, source: Path) -> None:
     """Refuse an output directory before any work.
 
     Raises:
-        OutputError: it is or contains the input, lies in it, is finished already, or holds foreign files.
+        OutputError: it is or contains the input, lies in it, is no directory, or holds foreign files.
     """
     here, there = out.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise OutputError(f"{out}: output and input {source} lie in one another; choose another -o")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: is not a directory; choose another -o")
-    if not out.exists() or (out / WORK).is_dir() or not any(out.iterdir()):
-        return
-    if not (out / MANIFEST).is_file():
+    ours = (out / WORK).is_dir() or (out / MANIFEST).is_file()
+    if out.exists() and not ours and any(out.iterdir()):
         raise OutputError(f"{out}: holds files that llmquant did not make; choose an empty directory")
-    if not overwrite:
-        raise OutputError(f"{out}: holds a finished checkpoint; use --overwrite to replace it")
-    _remove(out, ["config.json", *read_manifest(out), LOG, MANIFEST])
+
+
+def already_finished(out: Path, fingerprint: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether `out` is this very run, finished and still whole; a killed script may safely be run again.
+
+    With `overwrite`, whatever finished checkpoint is there is removed, and the answer is no.
+
+    Raises:
+        OutputError: `out` holds a finished checkpoint of another run.
+        VerifyError: it is this run's, but damaged.
+    """
+    if (out / WORK).is_dir() or not (out / MANIFEST).is_file():
+        return False
+    if overwrite:
+        _remove(out, ["config.json", *read_manifest(out), LOG, MANIFEST])
+        return False
+    if not (out / LOG).is_file() or _digest(fingerprint).encode() not in (out / LOG).read_bytes().partition(b"\n")[0]:
+        raise OutputError(f"{out}: holds a finished checkpoint of another run; use --overwrite to replace it")
+    verify_checkpoint(out)
+    return True
+
+
+def _digest(fingerprint: dict[str, Any]) -> str:
+    return hashlib.sha256(json_bytes(fingerprint)).hexdigest()
 
 
 def clear(out: Path) -> None:
@@ -53,7 +73,7 @@ def _remove(out: Path, names: list[str]) -> None:
                 durable.remove(out / name)
 
 
-def finish(out: Path, plan: Plan, source: Checkpoint, calibration: Calibration | None, journal: Journal) -> None:
+def finish(out: Path, plan: Plan, shell: Shell, calibration: Calibration | None, journal: Journal) -> None:
     """Make a whole of the units' shards, and verify it before the journal goes.
 
     Every step can be repeated, so that a run killed here finishes the same way.
@@ -61,6 +81,7 @@ def finish(out: Path, plan: Plan, source: Checkpoint, calibration: Calibration |
     Raises:
         VerifyError: the directory is not as planned; it is left without config.json.
     """
+    source = shell.source
     digests = _weights(out, plan, journal)
     digests |= {name: copy_file(source.root / name, out / name) for name in source.side_files()}
     config = source.config | {"quantization_config": quantization_config(plan)}
@@ -68,7 +89,9 @@ def finish(out: Path, plan: Plan, source: Checkpoint, calibration: Calibration |
         digests["quantize_config.json"] = write_json(out / "quantize_config.json", config["quantization_config"])
     digests[RECIPE] = durable.write_file(out / RECIPE, [plan.recipe.to_yaml().encode()])
     digests["config.json"] = hashlib.sha256(json_bytes(config)).hexdigest()
-    durable.write_file(out / LOG, [sealed(_log_lines(plan, calibration, journal))])
+    durable.write_file(
+        out / LOG, [sealed(_log_lines(plan, calibration, plan.fingerprint(shell, calibration), journal))]
+    )
     durable.write_file(out / MANIFEST, [manifest_bytes(digests)])
     write_json(out / "config.json", config)
     if problems := problems_of(out):
@@ -101,9 +124,16 @@ def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:
     return digests | {INDEX: write_json(out / INDEX, index)}
 
 
-def _log_lines(plan: Plan, calibration: Calibration | None, journal: Journal) -> list[dict[str, Any]]:
-    """The run's records: one line for the calibration, one per module."""
+def _log_lines(
+    plan: Plan, calibration: Calibration | None, fingerprint: dict[str, Any], journal: Journal
+) -> list[dict[str, Any]]:
+    """The run's records: one line for the whole, one per module."""
     tokens = calibration.tokens if calibration else {}
     notes = [*plan.notes, *(calibration.notes if calibration else ())]
-    head = {"calibration_tokens": tokens, "sequences": calibration.sequences if calibration else 0, "notes": notes}
+    head = {
+        "fingerprint": _digest(fingerprint),
+        "calibration_tokens": tokens,
+        "sequences": calibration.sequences if calibration else 0,
+        "notes": notes,
+    }
     return [head, *(module for record in journal.records for module in record["modules"])]

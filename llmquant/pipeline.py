@@ -16,7 +16,7 @@ from llmquant.checkpoint.parts import file_sha256, read_tensors
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.checkpoint.writer import write_shard
 from llmquant.errors import OutputError
-from llmquant.finish import check_output, clear, finish
+from llmquant.finish import already_finished, check_output, clear, finish
 from llmquant.formats import FORMATS
 from llmquant.memory import return_large_blocks
 from llmquant.model.shell import Shell
@@ -87,9 +87,12 @@ def quantize(
     return_large_blocks()
     out = Path(out)
     shell, plan = open_plan(model, recipe, options)
-    check_output(out, shell.source.root, overwrite=options.overwrite)
+    check_output(out, shell.source.root)
     calibration = prepare(recipe, shell) if METHODS[recipe.method].calibrated else None
-    with Journal.open(out, plan.fingerprint(shell, calibration), resume=options.resume) as journal:
+    fingerprint = plan.fingerprint(shell, calibration)
+    if already_finished(out, fingerprint, overwrite=options.overwrite):
+        return plan
+    with Journal.open(out, fingerprint, resume=options.resume) as journal:
         if not journal.records:
             clear(out)
         observer.planned(plan, calibration, done=len(journal.records))
@@ -100,7 +103,7 @@ def quantize(
             else:
                 journal.commit(process(unit, shell, stream, plan, out, observer))
             observer.finished(unit)
-        finish(out, plan, shell.source, calibration, journal)
+        finish(out, plan, shell, calibration, journal)
     return plan
 
 
