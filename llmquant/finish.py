@@ -53,6 +53,7 @@ def already_finished(out: Path, fingerprint: dict[str, Any], *, overwrite: bool)
     if not (out / LOG).is_file() or _digest(fingerprint).encode() not in (out / LOG).read_bytes().partition(b"\n")[0]:
         raise OutputError(f"{out}: holds a finished checkpoint of another run; use --overwrite to replace it")
     verify_checkpoint(out)
+    durable.sweep(out)  # a run killed while it removed its journal leaves the rest of it
     return True
 
 
