@@ -97,7 +97,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "code needed": (edit_config(auto_map={"AutoModelForCausalLM": "evil.Model"}), "trust_remote_code"),
     "kernel from the Hub": (edit_config(_attn_implementation_internal="x/y"), "foreign code"),
     "wrong sizes": (edit_config(intermediate_size=96), "config.json asks for (96, 32)"),
-    "vocabulary too small": (edit_config(vocab_size=16), "the embedding has 16 rows"),
+    "vocabulary too small": (edit_config(vocab_size=16), "outside the model's vocabulary of 16"),
     "no tokenizer": (
         lambda d: [p.unlink() for p in d.glob("*tokenizer*")] and None,
         "its tokenizer cannot be loaded",
