@@ -187,30 +187,28 @@ def test_read_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
 
 
 BOUNDED = """
-import resource, sys, time
+import resource, sys
 from pathlib import Path
 from llmquant.checkpoint.shard import read_header
 from llmquant.errors import CheckpointError
-before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     print(len(read_header(Path(sys.argv[1]))))
 except CheckpointError as error:
     print(error)
-print(time.perf_counter() - started)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
 @pytest.mark.parametrize(("count", "words"), [(100_000, "100000"), (900_000, "more than 250000 tensors")])
-def test_bloated_header_takes_bounded_time_and_memory(
+def test_bloated_header_takes_bounded_memory(
     count: int, words: str, tmp_path: Path, shard_bytes: Build, run_child: Any
 ) -> None:
     path = tmp_path / "w.safetensors"
     rows = (f'"t{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(count))
     path.write_bytes(shard_bytes(("{" + ",".join(rows) + "}").encode(), bytes(count)))
-    told, seconds, megabytes = run_child(BOUNDED, path).stdout.splitlines()
+    told, megabytes = run_child(BOUNDED, path).stdout.splitlines()
     assert words in told
-    assert float(seconds) < 5
     assert float(megabytes) < 300
 
 
