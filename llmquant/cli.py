@@ -37,7 +37,16 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 
 class Method(str, Enum):
     rtn = "rtn"
+    awq = "awq"
     gptq = "gptq"
+    awq_gptq = "awq+gptq"
+    auto = "auto"
+
+
+class Preset(str, Enum):
+    fast = "fast"
+    default = "default"
+    best = "best"
 
 
 class Format(str, Enum):
@@ -49,7 +58,8 @@ class Format(str, Enum):
 def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint directory or a Hub name.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
-    method: Annotated[Method | None, typer.Option(help="How codes are chosen. (default: gptq)")] = None,
+    method: Annotated[Method | None, typer.Option(help="How codes are chosen. (default: auto)")] = None,
+    preset: Annotated[Preset | None, typer.Option(help="Time against accuracy. (default: default)")] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8. (default: 4)")] = None,
     group_size: Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for per-channel. (default: 128)")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point fixed or free. (default: --sym)")] = None,
@@ -74,6 +84,7 @@ def quantize(
     wanted = merged_recipe(
         recipe,
         {
+            "preset": preset and preset.value,
             "method": method and method.value,
             "format": format and format.value,
             "seed": seed,

@@ -6,9 +6,9 @@ from typing import Any
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.estimate import estimate
 from llmquant.formats import for_config
-from llmquant.kernels.ops import describe_backend
 from llmquant.model.layout import Layout, derive_layout
 from llmquant.model.shell import Shell, read_config
+from llmquant.native import describe_backend
 from llmquant.recipe import Recipe
 
 

@@ -42,10 +42,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Stack:
-    """Linears that share an input and a scheme: solved as one matrix, with one factorization."""
+    """Linears that share an input and a scheme: solved as one matrix, with one factorization.
+
+    Scales on their columns can be folded into the module in front: a norm, or the last rows of a linear, or neither.
+    """
 
     linears: tuple[Linear, ...]
     scheme: Scheme
+    norm: str | None = None
+    source: str | None = None
 
     @property
     def n(self) -> int:
@@ -69,9 +74,18 @@ class Unit:
     @property
     def stacks(self) -> list[Stack]:
         """The problems to solve, in forward order."""
-        groups = self.layer.groups if self.layer else ()
-        members = [tuple(self.linears[name] for name in group.linears) for group in groups]
-        return [Stack(linears, linears[0].scheme) for linears in members if linears[0].scheme]
+        if self.layer is None:
+            return []
+        quantized = {name for name, linear in self.linears.items() if linear.scheme}
+        sources = {target: source for source, target in self.layer.folds if source in quantized}
+        stacks = []
+        for group in self.layer.groups:
+            linears = tuple(self.linears[name] for name in group.linears)
+            if linears[0].scheme:
+                norm = None if self.layer.norm_offset is None else group.norm
+                source = sources.get(linears[0].name) if len(linears) == 1 else None
+                stacks.append(Stack(linears, linears[0].scheme, norm, source))
+        return stacks
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmquant.errors import RecipeError
 from llmquant.scheme import Scheme
 
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "awq", "gptq", "awq+gptq", "auto"]
 Format = Literal["compressed-tensors", "gptq"]
 
 
@@ -25,6 +25,26 @@ class CalibrationRecipe(_Strict):
     source: str = "builtin"  # builtin | self | FILE.jsonl | FILE.txt | hf:NAME
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=512, ge=8)
+
+
+class SolverRecipe(_Strict):
+    """How the integers are found. See docs/accuracy.md for what each choice is worth."""
+
+    order: Literal["group", "static"] = "group"  # of GPTQ's columns: by group, or wherever they are
+    weight: Literal["diagonal", "pivot"] = "diagonal"  # of grids chosen before the first column
+    damping: float = Field(default=0.01, gt=0, le=1)  # of the Hessian, a fraction of its mean diagonal
+    correction: float = Field(default=0.5, ge=0, le=1)  # towards the activations of the original model
+    refine: int = Field(default=0, ge=0)  # passes of scale refit and coordinate descent after the rounding
+    awq_loss: Literal["gram", "block"] = "gram"  # what AWQ's scales are chosen by
+    train: int = Field(default=0, ge=0)  # steps of trained rounding for each layer
+
+
+# What a preset stands for. Whatever a recipe says itself goes before it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "gptq", "solver": {"correction": 0.0}},
+    "default": {},
+    "best": {"solver": {"train": 60}},
+}
 
 
 class Override(_Strict):
@@ -59,10 +79,12 @@ class Recipe(_Strict):
     """One quantization run, completely."""
 
     version: Literal[1] = 1
-    method: Method = "gptq"
+    preset: Literal["fast", "default", "best"] = "default"
+    method: Method = "auto"
     scheme: Scheme = Scheme()
     format: Format = "compressed-tensors"
     calibration: CalibrationRecipe = CalibrationRecipe()
+    solver: SolverRecipe = SolverRecipe()
     overrides: tuple[Override, ...] = ()
     seed: int = 0
 
@@ -74,7 +96,7 @@ class Recipe(_Strict):
             RecipeError: names the key or value, and the nearest key that exists.
         """
         try:
-            recipe = cls.model_validate(values)
+            recipe = cls.model_validate(_with_preset(values))
             for override in recipe.overrides:
                 override.matches("")  # compiles the expression
         except ValidationError as error:
@@ -113,7 +135,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-KEYS = sorted({*Recipe.model_fields, *CalibrationRecipe.model_fields, *Override.model_fields})
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """The mapping with what its preset adds to it."""
+    preset = PRESETS.get(str(values.get("preset")), {})
+    merged = preset | values
+    below = values.get("solver", {})
+    if "solver" in preset and isinstance(below, dict):
+        merged["solver"] = preset["solver"] | below
+    return merged
+
+
+MODELS = (Recipe, CalibrationRecipe, SolverRecipe, Override)
+KEYS = sorted({name for model in MODELS for name in model.model_fields})
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -1,12 +1,13 @@
-// Products with INT4 and INT8 weights on the CPU: what the library offers and how its parts meet.
+// Products with INT4 and INT8 weights on the CPU.
 //
 //   y[t][r] = bias[r] + sum_i x[t][i] * scales[r][i / group] * (codes[r][i] - zeros[r][i / group])
 //
 // A row of codes takes ceil(columns * bits / 8) bytes, the low nibble first. Everything else is dense and row-major.
-// The interface is plain C, so that one binary serves every version of Python and torch.
 #pragma once
 
 #include <cstdint>
+
+#include "levels.h"
 
 // Mirrored in llmquant/kernels/cpu.py; a change of either needs a new value of llmquant_abi.
 struct LlmquantLinear {
@@ -23,27 +24,6 @@ struct LlmquantLinear {
     int64_t level;    // instruction set: an index of llmquant_level
 };
 
-#define LLMQUANT_EXPORT extern "C" __attribute__((visibility("default")))
-
-LLMQUANT_EXPORT int64_t llmquant_abi();
-// The instruction sets that this machine can run, best first; null past the last.
-LLMQUANT_EXPORT const char* llmquant_level(int64_t level);
-// 1 if OpenMP was there to build with, else everything runs on one thread.
-LLMQUANT_EXPORT int64_t llmquant_threaded();
 // 0, or 1 if there is no memory for the arranged copy of x.
 LLMQUANT_EXPORT int64_t llmquant_linear(const LlmquantLinear* task);
 LLMQUANT_EXPORT void llmquant_dequantize(const LlmquantLinear* task);
-
-namespace llmquant {
-
-// The kernels of one instruction set. rows.cpp is compiled once for each.
-struct Kernels {
-    int64_t (*padded)(int64_t columns);  // floats that a token takes in the arranged copy of x
-    void (*arrange)(const LlmquantLinear& task, float* arranged);
-    void (*multiply)(const LlmquantLinear& task, const float* arranged, int64_t first, int64_t last);  // rows of y
-    void (*dequantize)(const LlmquantLinear& task, int64_t first, int64_t last);
-};
-
-extern const Kernels avx512, avx2, baseline;
-
-}  // namespace llmquant

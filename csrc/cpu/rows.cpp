@@ -1,16 +1,10 @@
 // The kernels, for the instruction set that the build names in LLMQUANT_LEVEL and turns on by compiler flags.
-//
-// Vectors are those of GCC and Clang, which map them to whatever the machine has. No header of the standard library
-// but <cstdint>: one of its inline functions, compiled here for AVX-512, could be the copy that the linker keeps.
 
 #include "linear.h"
+#include "vectors.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#endif
-
-#if !defined(__GNUC__)
-#error "needs the vector extensions of GCC or Clang"
 #endif
 
 namespace llmquant {
@@ -18,11 +12,9 @@ namespace {
 
 // ACCUMULATORS vectors are summed up at a time, so that they and the weights fit the registers.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ACCUMULATORS = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, ACCUMULATORS = 8;
+constexpr int ACCUMULATORS = 16;
 #else
-constexpr int LANES = 4, ACCUMULATORS = 8;
+constexpr int ACCUMULATORS = 8;
 #endif
 
 constexpr int64_t BLOCK = 4;  // rows whose codes stay in the first-level cache while all tokens pass
@@ -31,21 +23,12 @@ constexpr int64_t BLOCK = 4;  // rows whose codes stay in the first-level cache 
 // the even columns and whose high nibbles are the odd ones; x is arranged to match. 32 columns are whole chunks.
 constexpr int64_t CHUNK = 2 * LANES;
 
-using Float = float __attribute__((vector_size(4 * LANES)));
-using Int = int32_t __attribute__((vector_size(4 * LANES)));
 using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
 using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
 struct Pair {
     Float first, second;
 };
-
-template <typename Vector>
-Vector load(const void* from) {
-    Vector value;
-    __builtin_memcpy(&value, from, sizeof value);
-    return value;
-}
 
 // The intrinsics are there because GCC makes a dozen instructions of the conversion, in place of one.
 Int widen(const uint8_t* from) {
@@ -63,10 +46,6 @@ float sum(Float value) {
         for (int i = 0; i < half; ++i) value[i] += value[i + half];
     return value[0];
 }
-
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t padded(int64_t columns) { return ceil_div(columns, CHUNK) * CHUNK; }
 
@@ -221,6 +200,8 @@ void dequantize_any(const LlmquantLinear& task, int64_t first, int64_t last) {
 
 }  // namespace
 
-const Kernels LLMQUANT_LEVEL = {padded, arrange_any, multiply_any, dequantize_any};
+namespace LLMQUANT_LEVEL {
+const LinearKernels linear = {padded, arrange_any, multiply_any, dequantize_any};
+}
 
 }  // namespace llmquant

@@ -1,1 +1,1 @@
-"""Where the build puts the native library, if there is a compiler; `kernels/cpu.py` opens it."""
+"""Where the build puts the native library, if there is a compiler; `llmquant/native.py` opens it."""

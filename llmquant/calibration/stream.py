@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -13,17 +14,6 @@ from llmquant.calibration.batches import Batch
 from llmquant.model.layout import Layer
 from llmquant.model.shell import Shell
 
-Observe = Callable[[Tensor, Tensor], None]  # (inputs [B, T, n] or [B * T, n], mask [B, T])
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the linear whose input was wanted."""
-
-
-def _observe_and_stop(observe: Observe, mask: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-    observe(args[0], mask)
-    raise _Reached
-
 
 class Stream:
     """Hidden states before the next decoder layer, one tensor [B, T, hidden] per batch.
@@ -31,14 +21,22 @@ class Stream:
     Everything that a layer receives besides hidden states (positions, masks) depends on the batch's
     shape alone, because sequences are padded on the right and the models are causal. It is recorded
     once per shape, by running the model with every layer's forward replaced by a recorder.
+
+    Attributes:
+        hidden: the states as the quantized layers make them.
+        original: the states as the original layers make them; None unless they are to be `compared`.
+        masks: bool [B, T], False where padded.
     """
 
-    def __init__(self, shell: Shell, layers: tuple[Layer, ...], batches: tuple[Batch, ...]) -> None:
+    def __init__(
+        self, shell: Shell, layers: tuple[Layer, ...], batches: tuple[Batch, ...], *, compared: bool = False
+    ) -> None:
         self._shell = shell
         self._layers = {layer.name: shell.model.get_submodule(layer.name) for layer in layers}
-        self._masks = [batch.mask.to(shell.device) for batch in batches]
+        self.masks = [batch.mask.to(shell.device) for batch in batches]
         self._arguments: dict[torch.Size, dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._hidden = self._embed(layers, batches)
+        self.hidden = self._embed(layers, batches)
+        self.original = list(self.hidden) if compared else None
 
     @torch.no_grad()
     def _embed(self, layers: tuple[Layer, ...], batches: tuple[Batch, ...]) -> list[Tensor]:
@@ -68,36 +66,22 @@ class Stream:
 
         return forward
 
-    def capture(self, layer: Layer, linear: str, observe: Observe) -> None:
-        """Show `observe` every input of one linear of a filled layer; nothing after it is computed."""
+    def module(self, layer: Layer) -> nn.Module:
+        return self._layers[layer.name]
 
-        module = self._shell.model.get_submodule(linear)
-        for states, mask in zip(self._hidden, self._masks, strict=True):
-            handle = module.register_forward_pre_hook(partial(_observe_and_stop, observe, mask))
-            try:
-                self._run(layer, states)
-            except _Reached:
-                continue
-            finally:
-                handle.remove()
+    def forwards(self, layer: Layer, module: nn.Module, states: list[Tensor]) -> list[Callable[[], Tensor]]:
+        """For each batch, a call that passes its states through `module`, which is the layer or a twin of it."""
+        return [partial(self.forward, layer, module, states, i) for i in range(len(states))]
 
-    def advance(self, layer: Layer) -> None:
-        """Replace the hidden states by the filled layer's output."""
-        for i, states in enumerate(self._hidden):  # one by one: old and new states never both stand in full
-            self._hidden[i] = self._run(layer, states)
-
-    @torch.no_grad()
-    def _run(self, layer: Layer, states: Tensor) -> Tensor:
-        args, kwargs = self._arguments[states.shape[:2]][layer.name]
-        out = self._layers[layer.name](states.to(self._shell.device), *args, **kwargs)
+    def forward(self, layer: Layer, module: Callable[..., Any], states: list[Tensor], batch: int) -> Tensor:
+        """One batch's states after the layer, [B, T, hidden]; gradients flow if they are on."""
+        args, kwargs = self._arguments[states[batch].shape[:2]][layer.name]
+        out = module(states[batch].to(self._shell.device), *args, **kwargs)
         return (out[0] if layer.returns_tuple else out).cpu()
 
     def digest(self) -> str:
-        """sha256 over the hidden states: equal streams, equal digests."""
+        """sha256 over the states: equal streams, equal digests."""
         digest = hashlib.sha256()
-        for states in self._hidden:
+        for states in chain(self.hidden, self.original or ()):
             digest.update(states.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-    def nbytes(self) -> int:
-        return sum(states.nbytes for states in self._hidden)

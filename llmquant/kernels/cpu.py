@@ -1,18 +1,12 @@
 """The native CPU kernels of csrc/cpu, through their plain C interface."""
 
 import ctypes
-import os
-from functools import cached_property
-from itertools import count, takewhile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llmquant.native import Library
 from llmquant.scheme import Scheme
-
-LIBRARY = Path(__file__).parent.parent / "_native" / "llmquant_cpu.so"
-ABI = 1
 
 # From this many tokens on it is faster to dequantize a panel of the weight and leave the product to the BLAS of torch.
 PANEL_TOKENS = 32
@@ -29,30 +23,10 @@ class _Task(ctypes.Structure):
 
 
 class Native:
-    """The library, opened.
+    """The products of the native library."""
 
-    Raises:
-        OSError: it is not there, or was built from other sources than this file.
-    """
-
-    def __init__(self) -> None:
-        if not LIBRARY.is_file():
-            raise OSError("it was not built; install CMake and a C++ compiler, then llmquant again")
-        self._library = ctypes.CDLL(os.fspath(LIBRARY))
-        if self._library.llmquant_abi() != ABI:
-            raise OSError(f"{LIBRARY} belongs to another version; install llmquant again")
-        self._library.llmquant_level.restype = ctypes.c_char_p
-        self._library.llmquant_level.argtypes = [ctypes.c_int64]
-
-    def __str__(self) -> str:
-        threads = "OpenMP" if self._library.llmquant_threaded() else "one thread, built without OpenMP"
-        return f"{self.levels[0]}, {threads}"
-
-    @cached_property
-    def levels(self) -> list[str]:
-        """The instruction sets that this machine can run, best first."""
-        names = map(self._library.llmquant_level, count())
-        return [name.decode() for name in takewhile(lambda name: name is not None, names)]
+    def __init__(self, library: Library) -> None:
+        self._functions = library.functions
 
     def linear(
         self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: Scheme
@@ -79,7 +53,7 @@ class Native:
         task = self._task(x.shape[1], packed, scales, zeros, scheme, y, level)
         task.tokens = len(x)
         task.x, task.bias = x.data_ptr(), _address(bias)
-        if self._library.llmquant_linear(ctypes.byref(task)):
+        if self._functions.llmquant_linear(ctypes.byref(task)):
             raise MemoryError(f"no memory for {len(x)} x {x.shape[1]} activations")
         return y
 
@@ -103,7 +77,7 @@ class Native:
     ) -> Tensor:
         """The real weight, into `out`, fp32 [m, n]."""
         task = self._task(out.shape[1], packed, scales, zeros, scheme, out, level)
-        self._library.llmquant_dequantize(ctypes.byref(task))
+        self._functions.llmquant_dequantize(ctypes.byref(task))
         return out
 
     def _task(

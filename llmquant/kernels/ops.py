@@ -1,57 +1,20 @@
-"""`torch.ops.llmquant.w4_linear`: the product with a packed weight, and the choice of what computes it.
+"""`torch.ops.llmquant.w4_linear`: the product with a packed weight.
 
-The native library serves the CPU where it was built; everything else is the reference. LLMQUANT_BACKEND=reference or
-native overrules that, and `describe_backend` says what was chosen and why: a fallback is never silent.
+The native library serves the CPU where it was built; everything else is the reference.
 """
-
-import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from llmquant.errors import RecipeError
 from llmquant.kernels import reference
 from llmquant.kernels.cpu import Native
+from llmquant.native import Library, find_library
 from llmquant.scheme import Scheme
-
-VARIABLE = "LLMQUANT_BACKEND"
 
 _definitions = torch.library.Library("llmquant", "DEF")
 _definitions.define(
     "w4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size) -> Tensor"
 )
-
-
-def active_backend() -> str:
-    """`native` or `reference`: what computes products on the CPU.
-
-    Raises:
-        RecipeError: LLMQUANT_BACKEND asks for what does not exist.
-    """
-    return "reference" if isinstance(_backend(), str) else "native"
-
-
-def describe_backend() -> str:
-    """One sentence: what computes products on the CPU, and why."""
-    backend = _backend()
-    return f"reference ({backend})" if isinstance(backend, str) else f"native ({backend})"
-
-
-@cache
-def _backend() -> Native | str:
-    """The native library, or the reason why it is not in use."""
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "native", "reference"):
-        raise RecipeError(f"{VARIABLE}: {wanted!r} is no backend; use native or reference")
-    if wanted == "reference":
-        return f"{VARIABLE} asks for it"
-    try:
-        return Native()
-    except OSError as error:
-        if wanted == "native":
-            raise RecipeError(f"{VARIABLE}: the native library cannot be used: {error}") from error
-        return f"the native library cannot be used: {error}"
 
 
 @torch.library.impl(_definitions, "w4_linear", "CompositeExplicitAutograd")
@@ -60,9 +23,9 @@ def _w4_linear(
 ) -> Tensor:
     scheme = Scheme(bits, group_size, zeros is None)
     _check(x, packed, scales, zeros, bias, scheme)
-    backend = _backend()
-    if isinstance(backend, Native) and x.device.type == "cpu":
-        return backend.linear(x, packed, scales, zeros, bias, scheme)
+    library = find_library()
+    if isinstance(library, Library) and x.device.type == "cpu":
+        return Native(library).linear(x, packed, scales, zeros, bias, scheme)
     return reference.linear(x, packed, scales, zeros, bias, scheme)
 
 

@@ -21,7 +21,7 @@ from llmquant.errors import ArchitectureError
 class Family(NamedTuple):
     """What the module tree does not tell about a model type."""
 
-    norm_offset: float = 0.0  # the norm multiplies by (weight + norm_offset)
+    norm_offset: float | None = 0.0  # the norm multiplies by (weight + norm_offset); None: unknown
     attention: tuple[str, str] | None = None  # (source, target): source's last rows feed target's columns one to one
     mlp: tuple[str, str] | None = None
 
@@ -57,6 +57,7 @@ class Layer:
     groups: tuple[Group, ...]  # in the order of the forward pass
     folds: tuple[tuple[str, str], ...]  # (source, target): scales on target's columns fold into source's last rows
     returns_tuple: bool
+    norm_offset: float | None = None  # of the norms, which multiply by (weight + it); None: unknown, nothing folds
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ class Layout:
     model_type: str
     layers: tuple[Layer, ...]
     shapes: dict[str, tuple[int, int]]  # every nn.Linear -> (m, n)
-    norm_offset: float
 
     def linears(self) -> list[str]:
         """The linears inside decoder layers, in forward order."""
@@ -86,14 +86,13 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     for name, module in layers.items():
         _check_weights(name, module, config)
     calls, tuples = _watch(model, layers, mode)
-    family = FAMILIES.get(config.model_type, Family())
+    family = FAMILIES.get(config.model_type, Family(norm_offset=None))
     return Layout(
         model_type=config.model_type,
         layers=tuple(
             _layer(name, module, calls, family, config, returns_tuple=name in tuples) for name, module in layers.items()
         ),
         shapes={n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
-        norm_offset=family.norm_offset,
     )
 
 
@@ -188,7 +187,7 @@ def _layer(
             f"{config.model_type}: cannot derive the input of {missed[0]}: the forward pass never calls it"
         )
     groups = tuple(Group(tuple(names), produced_by_norm.get(source)) for source, names in members.items())
-    return Layer(name, groups, _folds(name, linears, family, config), returns_tuple)
+    return Layer(name, groups, _folds(name, linears, family, config), returns_tuple, family.norm_offset)
 
 
 def _folds(name: str, linears: set[str], family: Family, config: PretrainedConfig) -> tuple[tuple[str, str], ...]:

@@ -122,7 +122,11 @@ class Shell:
 
     def set_weight(self, linear: str, weight: Tensor) -> None:
         """Put a (dequantized) weight [m, n] in the place of a filled linear's."""
-        place(self.model, f"{linear}.weight", weight.to(self.device, self.dtype))
+        self.set_tensor(f"{linear}.weight", weight)
+
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in the place of a filled one."""
+        place(self.model, name, tensor.to(self.device, self.dtype))
 
     def _tensor(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")

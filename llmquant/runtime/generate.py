@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from llmquant.errors import CheckpointError
-from llmquant.kernels.ops import active_backend
 from llmquant.model.tokenizer import load_tokenizer
+from llmquant.native import active_backend
 from llmquant.runtime.loader import load
 
 

@@ -1,71 +1,78 @@
-"""GPTQ: quantize column by column, each column's error absorbed by the columns still to come.
+"""GPTQ: round one column at a time, and let the columns not yet rounded make up for the error.
 
-Frantar et al., GPTQ, arXiv 2210.17323, with static activation order: the columns are visited by
-falling diag(H), but every column keeps the group of its original place, so that no `g_idx` is
-ever needed to read the result.
+Notation as in `hessian.py`. (Frantar et al., arXiv 2210.17323; the correction is QEP, arXiv 2504.09629.)
 """
 
 import torch
 from torch import Tensor
 
-from llmquant.scheme import Quantized, Scheme, dequantize
-from llmquant.solve.grid import search_grid
-from llmquant.solve.hessian import Factor, inverse_factor
+from llmquant.scheme import Quantized, Scheme
+from llmquant.solve.columns import BLOCK, round_columns, search_columns
+from llmquant.solve.grid import check_range
+from llmquant.solve.hessian import Factor
 
-BLOCK = 128  # columns between two updates of the rest of the matrix
 
+def group_order(importance: Tensor, width: int) -> Tensor:
+    """Columns by importance inside each group, groups by their greatest: int64 [n].
 
-def quantize_gptq(W: Tensor, H: Tensor, scheme: Scheme) -> tuple[Quantized, Factor]:
-    """Quantize `W` fp32 [m, n] against H = X^T X / k fp32 [n, n].
-
-    Rows are independent: linears that share an input can be stacked and solved at once.
-    Returns the codes in natural column order and the factor, which tells the damping that was used.
+    A group stays together, so that its grid can be chosen when its turn comes, from weights that carry the errors of
+    all before it; and no index has to be stored with the checkpoint. (GPTQModel's group-aware reordering.)
     """
-    order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(H[order][:, order])
-    importance = H.diagonal().clamp(min=0.0) + factor.damping * H.diagonal().mean().clamp(min=0.0)
-    if factor.rung == "no activation":
-        importance = torch.ones_like(importance)
-    scales, zeros = search_grid(W, importance, scheme)
-    codes = _round_columns(W, scales, zeros, factor.U, order, scheme)
-    return Quantized(codes, scales, zeros), factor
+    members = importance.view(-1, width)
+    inside = members.argsort(dim=1, descending=True, stable=True)
+    inside += torch.arange(0, len(importance), width, device=importance.device).unsqueeze(1)
+    return inside[members.amax(1).argsort(descending=True, stable=True)].reshape(-1)
 
 
-def _round_columns(W: Tensor, scales: Tensor, zeros: Tensor, U: Tensor, order: Tensor, scheme: Scheme) -> Tensor:
-    """Visit the columns of `W` in `order`; codes uint8 [m, n] in natural order.
+def static_order(importance: Tensor, width: int) -> Tensor:  # noqa: ARG001
+    """Columns by importance, wherever their group is: int64 [n]. All grids are chosen before the first column."""
+    return importance.argsort(descending=True, stable=True)
 
-    q_j = Q(w_j);  e = (w_j - q_j) / U_jj;  w_l -= e U_jl for l > j,
-    at once inside a block of columns, and by one matrix product at its end for all later columns.
+
+ORDERS = {"group": group_order, "static": static_order}
+
+
+def corrected(W: Tensor, D: Tensor, factor: Factor, alpha: float) -> Tensor:
+    """W* = W + alpha W D (H + lambda I)^-1, fp32 [m, n]: the weight to aim at instead of W.
+
+    With D = (X - X^)^T X^ / k between the inputs X of the full-precision model and X^ of the quantized one,
+    ||X W^T - X^ Q^T||^2 = ||X^ (W* - Q)^T||^2 + const at alpha = 1 and lambda = 0; a smaller alpha fits less of what
+    only the calibration text has. (QEP.)
     """
-    m, n = W.shape
-    rest = W.T[order].contiguous()  # [n, m]: a column of W is one contiguous row
-    codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
-    group = order // scheme.width(n)
+    step = W @ D[:, factor.order] @ factor.U.T @ factor.U
+    return W.index_add(1, factor.order, step, alpha=alpha)
+
+
+def quantize_gptq(W: Tensor, factor: Factor, weight: Tensor, scheme: Scheme) -> Quantized:
+    """Quantize `W` fp32 [m, n], columns in the order of `factor`; codes come in natural order.
+
+    Rows are independent: linears that share an input are stacked and solved at once. In a group order each group's grid
+    is chosen when its turn comes; in any other, and where a group is wider than a block, all are chosen first, with
+    `weight` [n] for the columns' errors.
+
+    Raises:
+        NumericsError: a weight is so large that its scale leaves the range of fp16.
+    """
+    check_range(W, scheme)
+    n = W.shape[1]
+    width, order = scheme.width(n), factor.order
+    together = factor.grouped and width <= BLOCK
+    if together:
+        scales = W.new_empty(n // width, len(W))
+        zeros = torch.empty_like(scales)
+    else:
+        scales, zeros = search_columns(W.T.contiguous(), weight, width, scheme)
+    step = width if together else 1  # columns that follow each other in one group
+    rest = W.T[order].contiguous()  # a column of W is one contiguous row
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=W.device)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
-        block_scales = scales.T[group[start:end]].contiguous()
-        block_zeros = zeros.T[group[start:end]].float()
-        errors = torch.empty(end - start, m, device=W.device)
-        block = rest[start:end]
-        block_U = U[start:end, start:end]
-        pivots = block_U.diagonal().tolist()
-        for j in range(end - start):
-            scale, zero, w = block_scales[j], block_zeros[j], block[j]
-            code = torch.div(w, scale).round_().add_(zero).clamp_(0, scheme.max_code)
-            codes[start + j] = code
-            torch.sub(w, code.sub_(zero).mul_(scale), out=errors[j]).div_(pivots[j])
-            block[j + 1 :].addr_(block_U[j, j + 1 :], errors[j], alpha=-1)
-        rest[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+        groups = order[start:end:step] // width
+        own = scales[groups], zeros[groups]
+        block, U = rest[start:end], factor.U[start:, start:]
+        round_columns(block, U, *own, codes[start:end], step, scheme, search=together)
+        scales[groups], zeros[groups] = own
+        rest[end:].addmm_(factor.U[start:end, end:].T, block, alpha=-1)
     natural = torch.empty_like(codes)
     natural[order] = codes
-    return natural.T.contiguous()
-
-
-def relative_error(W: Tensor, q: Quantized, scheme: Scheme, H: Tensor) -> float:
-    """||(W - Q) X||^2 / ||W X||^2 from the second moments alone: tr(D H D^T) / tr(W H W^T)."""
-    difference = W - dequantize(q, scheme)
-    return _energy(difference, H) / max(_energy(W, H), torch.finfo(torch.float32).tiny)
-
-
-def _energy(W: Tensor, H: Tensor) -> float:
-    return float((W @ H).mul_(W).sum(dtype=torch.float64))
+    return Quantized(natural.T.contiguous(), scales.T.contiguous(), zeros.T.to(torch.uint8).contiguous())

@@ -1,7 +1,6 @@
-"""Second moments of a linear's input, and their inverse factor.
+"""The inverse factor of a Hessian: U upper triangular with (H + lambda I)^-1 = U^T U.
 
-Notation of the solvers: inputs X [k, n] over k tokens, H = X^T X / k [n, n], and U upper
-triangular with (H + lambda I)^-1 = U^T U. (Frantar et al., GPTQ, arXiv 2210.17323.)
+(Frantar et al., GPTQ, arXiv 2210.17323.)
 """
 
 from dataclasses import dataclass
@@ -9,67 +8,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmquant.errors import NumericsError
-
-DAMPING = (0.01, 0.1, 1.0)  # lambda as a fraction of mean(diag H), rung by rung
-
-
-class Hessian:
-    """Running sum of x^T x over the tokens that count, fp32 [n, n]."""
-
-    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(n, n, device=device)
-        self.tokens = 0
-
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add tokens `x` [..., n]; `mask` [...] is False where a token is padding."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        if mask is not None:
-            x = x[mask.reshape(-1)]
-        self.total.addmm_(x.T, x)
-        self.tokens += x.shape[0]
-
-    def mean(self, name: str) -> Tensor:
-        """H = X^T X / k.
-
-        Raises:
-            NumericsError: no token was seen, or an activation was NaN or Inf; `name` is the linear.
-        """
-        if not self.tokens:
-            raise NumericsError(f"{name}: no calibration token reached its input")
-        # A NaN or Inf in x puts one on the diagonal, so n numbers speak for n * n.
-        if not torch.isfinite(self.total.diagonal()).all():
-            raise NumericsError(f"{name}: NaN or Inf in its input activations; check the checkpoint and its dtype")
-        return self.total / self.tokens
+DAMPING = 0.01  # lambda as a fraction of mean(diag H), where nothing else is said
+RUNGS = (1.0, 10.0, 100.0)  # and what it is multiplied by until the factorization succeeds
 
 
 @dataclass(frozen=True)
 class Factor:
-    """U and how it was come by. `rung` is "fp32", "fp64", "diagonal" or "no activation"."""
+    """U of a Hessian with its columns in another order, and how it was come by.
 
-    U: Tensor  # fp32 [n, n], upper triangular, (H + lambda I)^-1 = U^T U
+    `rung` is "fp32", "fp64", "diagonal" or "no activation".
+    """
+
+    U: Tensor  # fp32 [n, n], upper triangular, (H + lambda I)^-1 = U^T U, rows and columns of H in `order`
+    order: Tensor  # int64 [n]
+    grouped: bool  # `order` leaves each group of columns together
     rung: str
     damping: float
 
 
-def inverse_factor(H: Tensor) -> Factor:
+def inverse_factor(H: Tensor, order: Tensor, *, grouped: bool = False, damping: float = DAMPING) -> Factor:
     """Factor the inverse of a damped Hessian, climbing a ladder until it succeeds.
 
     More damping in fp32, then float64, then the diagonal alone, which ignores correlations but is
     always positive. An all-zero H (nothing ever reached the linear) gives the identity. The rung is
     part of the result, so that a fallback is reported and never silent.
     """
-    n = H.shape[0]
     mean = float(H.diagonal().mean())
     if mean <= 0.0:
-        return Factor(torch.eye(n, device=H.device), "no activation", 0.0)
+        return Factor(torch.eye(len(H), device=H.device), order, grouped, "no activation", 0.0)
+    ordered = H[order][:, order]
     for dtype, rung in ((torch.float32, "fp32"), (torch.float64, "fp64")):
-        for damping in DAMPING:
-            U = _reverse_cholesky_inverse(_damped(H.to(dtype), damping * mean))
+        for amount in (damping * times for times in RUNGS):
+            U = _reverse_cholesky_inverse(_damped(ordered.to(dtype), amount * mean))
             if U is not None:
-                return Factor(U.float(), rung, damping)
-    diagonal = H.diagonal().clamp(min=0.0) + DAMPING[0] * mean
-    return Factor(torch.diag(diagonal.rsqrt()), "diagonal", DAMPING[0])
+                return Factor(U.float().contiguous(), order, grouped, rung, amount)
+    diagonal = ordered.diagonal().clamp(min=0.0) + damping * mean
+    return Factor(torch.diag(diagonal.rsqrt()), order, grouped, "diagonal", damping)
 
 
 def _damped(H: Tensor, amount: float) -> Tensor:

@@ -1,46 +1,176 @@
-"""The methods by name: each takes one stacked problem and says how well it went."""
+"""The methods by name: each takes one stacked problem to its integers, and `auto` the best of them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from llmquant.errors import RecipeError
 from llmquant.scheme import Quantized, Scheme, dequantize
-from llmquant.solve.gptq import quantize_gptq, relative_error
+from llmquant.solve.awq import Loss, gram_loss, search_scales
+from llmquant.solve.gptq import ORDERS, corrected, quantize_gptq
+from llmquant.solve.grid import encode, search_grid
+from llmquant.solve.hessian import DAMPING, Factor, inverse_factor
+from llmquant.solve.refine import refine
 from llmquant.solve.rtn import quantize_rtn
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What a solver is told. The fields are those of the recipe's `solver`."""
+
+    order: str = "group"  # of GPTQ's columns: "group" or "static"
+    weight: str = "diagonal"  # of grids chosen before the first column: "diagonal" (of H) or "pivot" (1 / U_jj^2)
+    damping: float = DAMPING
+    correction: float = 0.0  # alpha: how far to aim at the output of the original model
+    refine: int = 0  # passes of scale refit and coordinate descent
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Linears that share an input, stacked: W fp32 [m, n].
+
+    Attributes:
+        H, D: moments of the input as in `moments.py`, fp32 [n, n]; None where nothing is known or compared.
+        held_out: tokens to measure errors on, (X^, X), fp32 [k, n] each.
+        settle: from wanted column scales to those that can be folded; None where nothing can.
+        awq_loss: the loss that AWQ's scales are chosen by; None for the Gram form.
+    """
+
+    W: Tensor
+    scheme: Scheme
+    choices: Choices = field(default_factory=Choices)
+    H: Tensor | None = None
+    D: Tensor | None = None
+    held_out: tuple[Tensor, Tensor] | None = None
+    settle: Callable[[Tensor], Tensor] | None = None
+    awq_loss: Loss | None = None
+
+    @cached_property
+    def known(self) -> Tensor:
+        if self.H is None:
+            raise ValueError("this method needs a Hessian")
+        return self.H
+
+    @cached_property
+    def factor(self) -> Factor:
+        return factorize(self.known, self.scheme, self.choices)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The weight to aim at: W, or W* where the original model's inputs are known."""
+        if self.D is None or self.choices.correction == 0.0:
+            return self.W
+        return corrected(self.W, self.D, self.factor, self.choices.correction)
+
+    @cached_property
+    def scales(self) -> Tensor | None:
+        """AWQ's column scales, fp32 [n]; None where none can be folded, or none helps."""
+        if self.settle is None:
+            return None
+        loss = self.awq_loss or gram_loss(self.target, self.known)
+        s = search_scales(self.target, self.known, self.scheme, self.settle, loss)
+        return None if bool((s == 1.0).all()) else s
+
+
 class Solution(NamedTuple):
-    """The integers of one stacked problem, and how the Hessian was tamed to get them."""
+    """Integers for W scaled by `fold`, and how they were come by."""
 
     quantized: Quantized
+    method: str
+    fold: Tensor | None = None  # fp32 [n]: the input has to be divided by it
     damping: float = 0.0  # lambda / mean(diag H)
-    rung: str = "none"  # of the damping ladder; "none" where no Hessian is used
+    rung: str = "none"  # of the damping ladder; "none" where no Hessian is inverted
+    held_out: dict[str, float] | None = None  # by method, where several were measured
+
+    def weight(self, scheme: Scheme) -> Tensor:
+        """What takes the place of W, fp32 [m, n]."""
+        W = dequantize(self.quantized, scheme)
+        return W if self.fold is None else W.div_(self.fold)
+
+
+def factorize(H: Tensor, scheme: Scheme, choices: Choices) -> Factor:
+    order = ORDERS[choices.order](H.diagonal(), scheme.width(len(H)))
+    return inverse_factor(H, order, grouped=choices.order == "group", damping=choices.damping)
+
+
+def rtn(problem: Problem) -> Solution:
+    return Solution(quantize_rtn(problem.W, problem.scheme), "rtn")
+
+
+def awq(problem: Problem) -> Solution:
+    """Scaled columns, each group's range clipped by the weighted search, and round to nearest."""
+    s, H = problem.scales, problem.known
+    W = problem.target if s is None else problem.target * s
+    weight = H.diagonal() if s is None else H.diagonal() / s.square()
+    grids = search_grid(W, floored(weight, DAMPING), problem.scheme)
+    return Solution(encode(W, *grids, problem.scheme), "awq", s)
+
+
+def gptq(problem: Problem) -> Solution:
+    return _gptq(problem, problem.target, problem.known, problem.factor, None, "gptq")
+
+
+def awq_gptq(problem: Problem) -> Solution:
+    """GPTQ on the scaled columns: W S against S^-1 H S^-1."""
+    s = problem.scales
+    if s is None:
+        return gptq(problem)._replace(method="awq+gptq")
+    H = problem.known / s.unsqueeze(1) / s
+    factor = factorize(H, problem.scheme, problem.choices)
+    return _gptq(problem, problem.target * s, H, factor, s, "awq+gptq")
+
+
+def _gptq(problem: Problem, W: Tensor, H: Tensor, factor: Factor, s: Tensor | None, method: str) -> Solution:
+    if problem.choices.weight == "pivot":
+        weight = torch.empty_like(H.diagonal()).index_copy_(0, factor.order, factor.U.diagonal().square().reciprocal())
+    else:
+        weight = floored(H.diagonal(), factor.damping)
+    q = quantize_gptq(W, factor, weight, problem.scheme)
+    q = refine(W, H, q, problem.scheme, problem.choices.refine)
+    return Solution(q, method, s, factor.damping, factor.rung)
+
+
+def auto(problem: Problem) -> Solution:
+    """The candidate with the smallest output error on the tokens that were held out.
+
+    Raises:
+        RecipeError: none were.
+    """
+    if problem.held_out is None:
+        raise RecipeError("method: auto compares on calibration sequences held out, and there is one only; add samples")
+    candidates = [gptq(problem), awq(problem), rtn(problem)]
+    if problem.scales is not None:
+        candidates.append(awq_gptq(problem))
+    errors = {c.method: held_out_error(problem.W, c.weight(problem.scheme), *problem.held_out) for c in candidates}
+    best = min(candidates, key=lambda c: errors[c.method])
+    return best._replace(held_out=errors)
+
+
+def held_out_error(W: Tensor, Q: Tensor, x: Tensor, original: Tensor) -> float:
+    """||X W^T - X^ Q^T||^2 / ||X W^T||^2: what reaches the next layer, against what would in the original model."""
+    wanted = original @ W.T
+    return float((wanted - x @ Q.T).square().sum() / wanted.square().sum().clamp(min=1e-30))
+
+
+def floored(weight: Tensor, damping: float) -> Tensor:
+    """A column that sees nothing still counts a little; where none sees anything, all count alike."""
+    mean = float(weight.mean())
+    return weight.clamp(min=0.0) + damping * mean if mean > 0.0 else torch.ones_like(weight)
 
 
 class Method(NamedTuple):
-    """`solve` takes W fp32 [m, n], H fp32 [n, n] (None if not calibrated) and a scheme."""
-
     calibrated: bool
-    solve: Callable[[Tensor, Tensor | None, Scheme], Solution]
+    solve: Callable[[Problem], Solution]
 
 
-def _rtn(W: Tensor, H: Tensor | None, scheme: Scheme) -> Solution:
-    return Solution(quantize_rtn(W, scheme))
-
-
-def _gptq(W: Tensor, H: Tensor | None, scheme: Scheme) -> Solution:
-    if H is None:
-        raise ValueError("GPTQ needs a Hessian")
-    quantized, factor = quantize_gptq(W, H, scheme)
-    return Solution(quantized, factor.damping, factor.rung)
-
-
-METHODS = {"rtn": Method(False, _rtn), "gptq": Method(True, _gptq)}
-
-
-def output_error(W: Tensor, q: Quantized, scheme: Scheme, H: Tensor | None) -> float:
-    """Relative squared error of the output, or of the weight itself where no activation is known."""
-    if H is not None:
-        return relative_error(W, q, scheme, H)
-    return float((W - dequantize(q, scheme)).square().sum() / W.square().sum().clamp(min=1e-30))
+METHODS = {
+    "rtn": Method(False, rtn),
+    "awq": Method(True, awq),
+    "gptq": Method(True, gptq),
+    "awq+gptq": Method(True, awq_gptq),
+    "auto": Method(True, auto),
+}

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from kernel_cases import SCHEMES, relative_error, weight
 
 from llmquant.kernels import cpu
-from llmquant.kernels.cpu import LIBRARY, PANEL_TOKENS, Native
+from llmquant.kernels.cpu import PANEL_TOKENS, Native
+from llmquant.native import LIBRARY, Library
 from llmquant.scheme import Scheme
 
 if not LIBRARY.is_file():
     pytest.skip("the native library was not built", allow_module_level=True)
 
-NATIVE = Native()
-LEVELS = range(len(NATIVE.levels))
+LIBRARY_IN_USE = Library()
+NATIVE = Native(LIBRARY_IN_USE)
+LEVELS = range(len(LIBRARY_IN_USE.levels))
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -25,8 +27,8 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def test_the_baseline_is_always_there() -> None:
-    assert NATIVE.levels[-1] == "baseline"
-    assert str(NATIVE).startswith(NATIVE.levels[0])
+    assert LIBRARY_IN_USE.levels[-1] == "baseline"
+    assert str(LIBRARY_IN_USE).startswith(LIBRARY_IN_USE.levels[0])
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -116,9 +118,11 @@ GUARDED = """
 import ctypes, mmap, sys
 import torch
 from llmquant.kernels.cpu import Native
+from llmquant.native import Library
 from llmquant.scheme import Scheme
 
-native, page = Native(), mmap.PAGESIZE
+library, page = Library(), mmap.PAGESIZE
+native = Native(library)
 memory = mmap.mmap(-1, 2 * page)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 libc = ctypes.CDLL(None, use_errno=True)
@@ -129,7 +133,7 @@ for bits in (4, 8):
         size = m * -(-n * bits // 8)
         packed = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=page - size).view(m, -1)
         assert libc.mprotect(address + page, page, 0) == 0
-        for level in range(len(native.levels)):
+        for level in range(len(library.levels)):
             native.stream(torch.ones(3, n), packed, torch.ones(m, 1), None, None, scheme, level)
             native.dequantize(packed, torch.ones(m, 1), None, scheme, torch.empty(m, n), level)
 print("inside")

@@ -1,28 +1,13 @@
-"""The torch operator, and the choice of its backend."""
-
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+"""The torch operator."""
 
 import pytest
 import torch
 from kernel_cases import SCHEMES, Weight, weight
 
-from llmquant.errors import RecipeError
-from llmquant.kernels import cpu, ops, reference
+from llmquant.kernels import reference
 from llmquant.scheme import Scheme
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int]
-
-
-@pytest.fixture
-def fresh_choice() -> Iterator[None]:
-    """Let a test choose a backend, and the next one choose again."""
-    ops._backend.cache_clear()
-    yield
-    ops._backend.cache_clear()
 
 
 def operands(w: Weight, bias: torch.Tensor | None = None) -> Operands:
@@ -64,49 +49,3 @@ def test_sizes_are_checked_before_native_code_trusts_them(name: str, change: obj
     changed = change(torch.randn(2, 64), *w.operands, torch.randn(8))
     with pytest.raises(ValueError, match=f"w4_linear: {name} is "):
         torch.ops.llmquant.w4_linear(*changed, 4, 32)
-
-
-def test_the_native_library_is_taken_where_it_is(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ops.VARIABLE, raising=False)
-    assert ops.active_backend() == ("native" if cpu.LIBRARY.is_file() else "reference")
-    assert ops.describe_backend().startswith(f"{ops.active_backend()} (")
-
-
-def test_the_reference_can_be_asked_for(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ops.VARIABLE, "reference")
-    assert ops.describe_backend() == "reference (LLMQUANT_BACKEND asks for it)"
-    w, x = weight(Scheme(), 8, 128), torch.randn(3, 128)
-    y = torch.ops.llmquant.w4_linear(x, *operands(w))
-    assert torch.equal(y, reference.linear(x, *w.operands, None, w.scheme))
-
-
-def test_without_the_library_the_fallback_says_so(
-    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv(ops.VARIABLE, raising=False)
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "llmquant_cpu.so")
-    assert ops.describe_backend() == (
-        "reference (the native library cannot be used: it was not built; "
-        "install CMake and a C++ compiler, then llmquant again)"
-    )
-    monkeypatch.setenv(ops.VARIABLE, "native")
-    ops._backend.cache_clear()
-    with pytest.raises(RecipeError, match="LLMQUANT_BACKEND: the native library cannot be used: it was not built"):
-        ops.active_backend()
-
-
-def test_a_file_that_is_no_library_is_a_reason_not_a_crash(
-    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv(ops.VARIABLE, raising=False)
-    (tmp_path / "llmquant_cpu.so").write_bytes(b"not a library")
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "llmquant_cpu.so")
-    assert ops.active_backend() == "reference"
-
-
-def test_an_unknown_backend_is_refused_when_it_is_used_not_at_import() -> None:
-    code = "from llmquant.kernels import ops; print('imported'); ops.active_backend()"
-    environment = os.environ | {ops.VARIABLE: "cuda"}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert child.stdout == "imported\n"
-    assert "RecipeError: LLMQUANT_BACKEND: 'cuda' is no backend; use native or reference" in child.stderr

@@ -1,0 +1,48 @@
+// What the library offers and how its parts meet. The interface is plain C, so that one binary serves every version of
+// Python and torch.
+#pragma once
+
+#include <cstdint>
+
+#define LLMQUANT_EXPORT extern "C" __attribute__((visibility("default")))
+
+struct LlmquantLinear;
+struct LlmquantColumns;
+
+LLMQUANT_EXPORT int64_t llmquant_abi();
+// The instruction sets that this machine can run, best first; null past the last.
+LLMQUANT_EXPORT const char* llmquant_level(int64_t level);
+// 1 if OpenMP was there to build with, else everything runs on one thread.
+LLMQUANT_EXPORT int64_t llmquant_threaded();
+
+namespace llmquant {
+
+// rows.cpp, once for each instruction set.
+struct LinearKernels {
+    int64_t (*padded)(int64_t columns);  // floats that a token takes in the arranged copy of x
+    void (*arrange)(const LlmquantLinear& task, float* arranged);
+    void (*multiply)(const LlmquantLinear& task, const float* arranged, int64_t first, int64_t last);  // rows of y
+    void (*dequantize)(const LlmquantLinear& task, int64_t first, int64_t last);
+};
+
+// columns.cpp, likewise.
+struct SolveKernels {
+    int64_t tile;  // rows that are best taken together
+    void (*round_columns)(const LlmquantColumns& task, int64_t first, int64_t last);
+    void (*search_grids)(const LlmquantColumns& task, int64_t first, int64_t last);
+};
+
+namespace avx512 {
+extern const LinearKernels linear;
+extern const SolveKernels solve;
+}  // namespace avx512
+namespace avx2 {
+extern const LinearKernels linear;
+extern const SolveKernels solve;
+}  // namespace avx2
+namespace baseline {
+extern const LinearKernels linear;
+extern const SolveKernels solve;
+}  // namespace baseline
+
+}  // namespace llmquant

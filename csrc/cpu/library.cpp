@@ -1,0 +1,96 @@
+// The C interface: choose an instruction set, share the rows between threads.
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "levels.h"
+#include "linear.h"
+#include "solve.h"
+
+namespace llmquant {
+namespace {
+
+struct Level {
+    const char* name;
+    const LinearKernels* linear;
+    const SolveKernels* solve;
+    bool usable;
+};
+
+const Level* levels() {
+    static const Level all[] = {
+#if defined(__x86_64__)
+        {"AVX-512", &avx512::linear, &avx512::solve, __builtin_cpu_supports("avx512f") != 0},
+        {"AVX2", &avx2::linear, &avx2::solve, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+        {"baseline", &baseline::linear, &baseline::solve, true},
+        {nullptr, nullptr, nullptr, true},
+    };
+    return all;
+}
+
+const Level& usable_level(int64_t index) {
+    const Level* level = levels();
+    while (level->name && !(level->usable && index-- == 0)) ++level;
+    return *level;
+}
+
+constexpr int64_t WORTH_A_THREAD = 1 << 16;  // products; below that, waking a thread takes longer than the work
+
+// `work(first, last)` for consecutive ranges of whole tiles that cover all rows. Each row is one thread's, so results
+// never depend on the number of threads.
+template <typename Work>
+void share_rows(int64_t rows, int64_t tile, int64_t threads, int64_t products, Work work) {
+    const int64_t tiles = (rows + tile - 1) / tile;
+    const int64_t parts = std::max<int64_t>(1, std::min({threads, tiles, products / WORTH_A_THREAD}));
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static) if (parts > 1)
+#endif
+    for (int64_t part = 0; part < parts; ++part)
+        work(tiles * part / parts * tile, std::min(rows, tiles * (part + 1) / parts * tile));
+}
+
+}  // namespace
+}  // namespace llmquant
+
+int64_t llmquant_abi() { return 2; }
+
+const char* llmquant_level(int64_t level) { return llmquant::usable_level(level).name; }
+
+int64_t llmquant_threaded() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int64_t llmquant_linear(const LlmquantLinear* task) {
+    const llmquant::LinearKernels& kernels = *llmquant::usable_level(task->level).linear;
+    const auto size = static_cast<std::size_t>(task->tokens * kernels.padded(task->columns));
+    const std::unique_ptr<float[]> arranged(new (std::nothrow) float[size]);
+    if (!arranged) return 1;
+    kernels.arrange(*task, arranged.get());
+    llmquant::share_rows(task->rows, 1, task->threads, task->tokens * task->rows * task->columns,
+                         [&](int64_t first, int64_t last) { kernels.multiply(*task, arranged.get(), first, last); });
+    return 0;
+}
+
+void llmquant_dequantize(const LlmquantLinear* task) {
+    const llmquant::LinearKernels& kernels = *llmquant::usable_level(task->level).linear;
+    llmquant::share_rows(task->rows, 1, task->threads, task->rows * task->columns,
+                         [&](int64_t first, int64_t last) { kernels.dequantize(*task, first, last); });
+}
+
+void llmquant_round_columns(const LlmquantColumns* task) {
+    const llmquant::SolveKernels& kernels = *llmquant::usable_level(task->level).solve;
+    llmquant::share_rows(task->rows, kernels.tile, task->threads, task->rows * task->columns * task->columns,
+                         [&](int64_t first, int64_t last) { kernels.round_columns(*task, first, last); });
+}
+
+void llmquant_search_grids(const LlmquantColumns* task) {
+    const llmquant::SolveKernels& kernels = *llmquant::usable_level(task->level).solve;
+    llmquant::share_rows(task->rows, kernels.tile, task->threads, task->rows * task->columns * task->candidate_count,
+                         [&](int64_t first, int64_t last) { kernels.search_grids(*task, first, last); });
+}

@@ -1,0 +1,75 @@
+"""What the solvers know of a linear's inputs: second moments of the tokens they may fit, and tokens kept to judge.
+
+Notation: inputs X^ [k, n] as the quantized model makes them, X [k, n] as the original makes them;
+H = X^^T X^ / k and D = (X - X^)^T X^ / k, both [n, n].
+"""
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import NumericsError
+
+STRIP = 512  # columns of H computed together, from the diagonal on: what is below it follows by symmetry
+
+
+class Moments:
+    """Running sums over the tokens that count, fp32 [n, n]; and tokens that are held out of them."""
+
+    def __init__(self, n: int, device: torch.device | str = "cpu", *, compared: bool = False) -> None:
+        self._H = torch.zeros(n, n, device=device)
+        self._D = torch.zeros(n, n, device=device) if compared else None
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self.tokens = 0
+
+    def update(self, x: Tensor, mask: Tensor | None = None, original: Tensor | None = None) -> None:
+        """Add tokens `x` [..., n]; `mask` [...] is False where a token is padding.
+
+        `original` [..., n] are the same tokens in the original model; without them, X is X^.
+        """
+        x, original = _flat(x, mask), None if original is None else _flat(original, mask)
+        for start in range(0, x.shape[1], STRIP):
+            self._H[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].T, x[:, start:])
+        if self._D is not None and original is not None:
+            self._D.addmm_((original - x).T, x)
+        self.tokens += x.shape[0]
+
+    def hold_out(self, x: Tensor, mask: Tensor | None = None, original: Tensor | None = None) -> None:
+        """Keep tokens to measure errors on; no moment contains them."""
+        x = _flat(x, mask)
+        self._held.append((x, x if original is None else _flat(original, mask)))
+
+    def H(self, name: str) -> Tensor:
+        """H, fp32 [n, n].
+
+        Raises:
+            NumericsError: no token was seen, or an activation was NaN or Inf; `name` is the linear.
+        """
+        if not self.tokens:
+            raise NumericsError(f"{name}: no calibration token reached its input")
+        # A NaN or Inf in x puts one on the diagonal, so n numbers speak for n * n.
+        if not torch.isfinite(self._H.diagonal()).all():
+            raise NumericsError(f"{name}: NaN or Inf in its input activations; check the checkpoint and its dtype")
+        return (self._H.triu() + self._H.triu(1).T).div_(self.tokens)
+
+    def D(self) -> Tensor | None:
+        """D, fp32 [n, n]; None where nothing was compared."""
+        return None if self._D is None else self._D / self.tokens
+
+    def held_out(self) -> tuple[Tensor, Tensor] | None:
+        """The tokens held out, X^ and X, fp32 [k, n] each; None if there are none."""
+        return tuple(map(torch.cat, zip(*self._held, strict=True))) if self._held else None  # type: ignore[return-value]
+
+
+def _flat(x: Tensor, mask: Tensor | None) -> Tensor:
+    x = x.reshape(-1, x.shape[-1])
+    return (x if mask is None else x[mask.reshape(-1)]).float()
+
+
+def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
+    """||X^ (W - Q)^T||^2 / ||X^ W^T||^2 from the second moments alone: tr(E H E^T) / tr(W H W^T), E = W - Q."""
+    return energy(W - Q, H) / max(energy(W, H), torch.finfo(torch.float32).tiny)
+
+
+def energy(W: Tensor, H: Tensor) -> float:
+    """tr(W H W^T)."""
+    return float((W @ H).mul_(W).sum(dtype=torch.float64))

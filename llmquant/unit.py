@@ -1,0 +1,246 @@
+"""One unit of work: a decoder layer, or what is outside of them, from the checkpoint to its shards."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from llmquant.calibration.crossing import Crossing
+from llmquant.calibration.stream import Stream
+from llmquant.checkpoint.parts import file_sha256, read_tensors
+from llmquant.checkpoint.writer import write_shard
+from llmquant.errors import OutputError
+from llmquant.formats import FORMATS
+from llmquant.model.fold import LinearFold, NormFold
+from llmquant.model.shell import Shell
+from llmquant.observer import Observer
+from llmquant.plan import Plan, Stack, Unit
+from llmquant.scheme import Quantized, Scheme, dequantize
+from llmquant.solve.awq import Loss
+from llmquant.solve.methods import METHODS, Choices, Problem, Solution
+from llmquant.solve.moments import Moments, relative_error
+from llmquant.solve.train import token_loss, train_rounding
+
+HELD_OUT = 8  # one sequence of so many is held out, where something is to be judged
+TRIAL_BATCHES = 4  # on which AWQ's block loss is computed
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all units have in common."""
+
+    plan: Plan
+    shell: Shell
+    stream: Stream | None
+    out: Path
+
+    @property
+    def held_out(self) -> set[int]:
+        """The batches that no solver sees: every eighth, or the last of fewer; none where nothing is judged by them."""
+        if self.stream is None or not (self.plan.recipe.method == "auto" or self.plan.recipe.solver.train):
+            return set()
+        count = len(self.stream.masks)
+        return set(range(HELD_OUT - 1, count, HELD_OUT)) or set(range(1, count)[-1:])
+
+    def cross(self, unit: Unit) -> AbstractContextManager[Crossing | None]:
+        """The way of the stream through a filled layer, with a stop at each linear to solve.
+
+        Where a layer's last linears write to the residual stream, aiming at the original model's inputs fits the
+        calibration text and not the model: there nothing is compared.
+        """
+        if self.stream is None or unit.layer is None:
+            return nullcontext()
+        stops = tuple(stack.linears[0].name for stack in unit.stacks)
+        last = unit.layer.groups[-1].linears[0]
+        return Crossing(self.stream, unit.layer, stops, tuple(stop for stop in stops if stop != last))
+
+
+def process(unit: Unit, place: Workplace, observer: Observer) -> dict[str, Any]:
+    """Fill, capture, solve, pack, write and advance one unit. Returns its journal record."""
+    with place.shell.filled(place.shell.part(unit.name)), place.cross(unit) as crossing:
+        work = _Work(unit, place, crossing)
+        for stack in unit.stacks:
+            for record in work.solve(stack):
+                observer.solved(record)
+        training = work.train()
+        tensors = work.tensors()
+        shards = {s.file: write_shard(place.out / s.file, {n: tensors[n] for n in s.tensors}) for s in unit.shards}
+        if crossing:
+            crossing.advance()
+    digest = place.stream.digest() if place.stream else ""
+    return {"unit": unit.name, "shards": shards, "stream": digest, "modules": work.records} | training
+
+
+def replay(unit: Unit, place: Workplace, record: dict[str, Any]) -> None:
+    """Bring the stream past a finished unit with the tensors that its shards hold.
+
+    Raises:
+        OutputError: a shard is not the one that was committed, or leads to other activations.
+    """
+    shell, tensors = place.shell, dict[str, Tensor]()
+    for shard in unit.shards:
+        path = place.out / shard.file
+        if not path.is_file() or file_sha256(path) != record["shards"].get(shard.file):
+            raise OutputError(f"{path}: is not what this run wrote; start anew with --no-resume")
+        tensors |= read_tensors(path)
+    if place.stream is None or unit.layer is None:
+        return
+    with shell.filled(shell.part(unit.name)), Crossing(place.stream, unit.layer) as crossing:
+        for stack in unit.stacks:
+            for linear in stack.linears:
+                prefix, read = shell.stored_prefix(linear.name), tensors.__getitem__
+                q = FORMATS[place.plan.recipe.format].unpack(prefix, read, linear.m, linear.n, stack.scheme)
+                shell.set_weight(linear.name, dequantize(q, stack.scheme))
+        for name in unit.kept:  # a scale may have been folded into one
+            shell.set_tensor(name, tensors[shell.stored_name(name)])
+        crossing.advance()
+    if place.stream.digest() != record["stream"]:
+        raise OutputError(f"{place.out}: {unit.name} leads to other activations than before; start anew (--no-resume)")
+
+
+class _Work:
+    """A layer that is being solved."""
+
+    def __init__(self, unit: Unit, place: Workplace, crossing: Crossing | None) -> None:
+        self.unit, self.place, self.crossing = unit, place, crossing
+        self.shell, self.recipe = place.shell, place.plan.recipe
+        solver = self.recipe.solver
+        self.choices = Choices(solver.order, solver.weight, solver.damping, solver.correction, solver.refine)
+        self.quantized: dict[str, tuple[Quantized, Scheme]] = {}
+        self.changed: dict[str, Tensor] = {}  # kept tensors with a scale folded into them
+        self.records: list[dict[str, Any]] = []
+
+    def solve(self, stack: Stack) -> Iterator[dict[str, Any]]:
+        """Solve one stack and put its weights in place. Yields a record for each linear."""
+        started = perf_counter()
+        W = {linear.name: self.shell.read(f"{linear.name}.weight").to(self.shell.device) for linear in stack.linears}
+        stacked = torch.cat(list(W.values())).float()
+        moments = self.capture(stack)
+        fold = self.fold(stack)
+        problem = Problem(
+            stacked,
+            stack.scheme,
+            self.choices,
+            moments and moments.H(stack.linears[0].name),
+            moments and moments.D(),
+            moments and moments.held_out(),
+            fold and fold.settle,
+            self.block_loss(stack, stacked) if self.recipe.solver.awq_loss == "block" else None,
+        )
+        solution = METHODS[self.recipe.method].solve(problem)
+        rows = [linear.m for linear in stack.linears]
+        parts = [Quantized(*part) for part in zip(*(f.split(rows) for f in solution.quantized), strict=True)]
+        for name, q in zip(W, parts, strict=True):
+            self.put(name, q, stack.scheme)
+        if fold is not None and solution.fold is not None:
+            self.apply(fold, solution.fold)
+        seconds = (perf_counter() - started) / len(W)  # the stack is one problem: each member's share
+        for name, Q in zip(W, solution.weight(stack.scheme).split(rows), strict=True):
+            record = _record(name, stack.scheme, solution, W[name].float(), Q, problem.H)
+            self.records.append(record | {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 3)})
+            yield self.records[-1]
+
+    def capture(self, stack: Stack) -> Moments | None:
+        """The moments of the stack's input, with everything before it already quantized."""
+        if self.crossing is None:
+            return None
+        moments = Moments(stack.n, self.shell.device, compared=self.crossing.compares(stack.linears[0].name))
+        for i, sample in enumerate(self.crossing.samples(stack.linears[0].name)):
+            take = moments.hold_out if i in self.place.held_out else moments.update
+            take(sample.x, sample.mask, sample.original)
+        return moments
+
+    def fold(self, stack: Stack) -> NormFold | LinearFold | None:
+        """Where scales on the stack's columns can go."""
+        if stack.norm is not None and self.unit.layer and self.unit.layer.norm_offset is not None:
+            return NormFold(self.shell, stack.norm, self.unit.layer.norm_offset)
+        return LinearFold(self.shell, stack.source, self.quantized[stack.source][0]) if stack.source else None
+
+    def apply(self, fold: NormFold | LinearFold, s: Tensor) -> None:
+        if isinstance(fold, LinearFold):
+            q, changed = fold.apply(s)
+            self.put(fold.linear, q, self.quantized[fold.linear][1])
+        else:
+            changed = fold.apply(s)
+        self.changed |= changed
+        if self.crossing:
+            self.crossing.again()
+
+    def put(self, linear: str, q: Quantized, scheme: Scheme) -> None:
+        self.quantized[linear] = q, scheme
+        self.shell.set_weight(linear, dequantize(q, scheme))
+
+    def block_loss(self, stack: Stack, W: Tensor) -> Loss | None:
+        """The error of the layer's output, on a few batches, with a weight in the place of the stack's."""
+        if self.crossing is None:
+            return None
+        crossing, names = self.crossing, [linear.name for linear in stack.linears]
+        batches = range(min(TRIAL_BATCHES, len(crossing.stream.masks)))
+
+        def outputs(Q: Tensor) -> list[Tensor]:
+            parts = Q.split([linear.m for linear in stack.linears])
+            weights = {name: part.to(self.shell.dtype) for name, part in zip(names, parts, strict=True)}
+            with torch.no_grad():
+                return [self.forward(weights, i) for i in batches]
+
+        wanted = outputs(W)
+        masks = crossing.stream.masks
+        return lambda Q: sum(float(token_loss(o, w, m)) for o, w, m in zip(outputs(Q), wanted, masks, strict=False))
+
+    def forward(self, weights: dict[str, Tensor], batch: int) -> Tensor:
+        """One batch through the layer as it stands, but for these weights."""
+        assert self.crossing and self.unit.layer  # noqa: S101  (only called while crossing)
+        stream, prefix = self.crossing.stream, f"{self.unit.name}."
+        own = {f"{name.removeprefix(prefix)}.weight": weight for name, weight in weights.items()}
+        module = stream.module(self.unit.layer)
+        call = lambda *args, **kwargs: functional_call(module, own, args, kwargs)  # noqa: E731
+        return stream.forward(self.unit.layer, call, stream.hidden, batch)
+
+    def train(self) -> dict[str, Any]:
+        """Refine all integers of the layer together, if the recipe asks for it; what to record of it."""
+        iterations = self.recipe.solver.train
+        if not (iterations and self.crossing and self.quantized):
+            return {}
+        started = perf_counter()
+        trained, before, after = train_rounding(
+            self.forward,
+            self.crossing.targets(),
+            self.crossing.stream.masks,
+            self.place.held_out,
+            self.quantized,
+            iterations=iterations,
+            dtype=self.shell.dtype,
+            seed=self.recipe.seed,
+        )
+        if after < before:
+            for name, q in trained.items():
+                self.put(name, q, self.quantized[name][1])
+            self.crossing.again()
+        return {"training": {"before": before, "after": after, "seconds": round(perf_counter() - started, 3)}}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the unit's shards hold, by stored name."""
+        tensors: dict[str, Tensor] = {}
+        for name, (q, scheme) in self.quantized.items():
+            dtype = self.shell.stored_dtype(f"{name}.weight")
+            tensors |= FORMATS[self.recipe.format].pack(self.shell.stored_prefix(name), q, scheme, dtype)
+        for name in self.unit.kept:
+            tensors[self.shell.stored_name(name)] = self.changed[name] if name in self.changed else self.shell.read(name)
+        return tensors
+
+
+def _record(
+    name: str, scheme: Scheme, solution: Solution, W: Tensor, Q: Tensor, H: Tensor | None
+) -> dict[str, Any]:
+    """What the run log says of a linear. Without activations the error is that of the weight itself."""
+    weight_error = lambda: float((W - Q).square().sum() / W.square().sum().clamp(min=1e-30))  # noqa: E731
+    error = weight_error() if H is None else relative_error(W, Q, H)
+    record = {"module": name, "method": solution.method, "scheme": str(scheme), "error": error}
+    record |= {"damping": solution.damping, "rung": solution.rung, "scaled": solution.fold is not None}
+    return record if solution.held_out is None else record | {"held_out": solution.held_out}

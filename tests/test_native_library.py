@@ -1,0 +1,69 @@
+"""Which backend computes on the CPU, and what is said about it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmquant import native
+from llmquant.errors import RecipeError
+from llmquant.kernels import ops, reference  # noqa: F401  (ops registers the operator)
+from llmquant.scheme import Scheme
+
+
+@pytest.fixture
+def fresh_choice() -> Iterator[None]:
+    """Let a test choose a backend, and the next one choose again."""
+    native.find_library.cache_clear()
+    yield
+    native.find_library.cache_clear()
+
+
+def test_the_native_library_is_taken_where_it_is(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    assert native.active_backend() == ("native" if native.LIBRARY.is_file() else "reference")
+    assert native.describe_backend().startswith(f"{native.active_backend()} (")
+
+
+def test_the_reference_can_be_asked_for(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.VARIABLE, "reference")
+    assert native.describe_backend() == "reference (LLMQUANT_BACKEND asks for it)"
+    packed, scales, x = torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8, 1), torch.randn(3, 128)
+    y = torch.ops.llmquant.w4_linear(x, packed, scales, None, None, 4, 128)
+    assert torch.equal(y, reference.linear(x, packed, scales, None, None, Scheme()))
+
+
+def test_without_the_library_the_fallback_says_so(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "llmquant_cpu.so")
+    assert native.describe_backend() == (
+        "reference (the native library cannot be used: it was not built; "
+        "install CMake and a C++ compiler, then llmquant again)"
+    )
+    monkeypatch.setenv(native.VARIABLE, "native")
+    native.find_library.cache_clear()
+    with pytest.raises(RecipeError, match="LLMQUANT_BACKEND: the native library cannot be used: it was not built"):
+        native.active_backend()
+
+
+def test_a_file_that_is_no_library_is_a_reason_not_a_crash(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    (tmp_path / "llmquant_cpu.so").write_bytes(b"not a library")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "llmquant_cpu.so")
+    assert native.active_backend() == "reference"
+
+
+def test_an_unknown_backend_is_refused_when_it_is_used_not_at_import() -> None:
+    code = "from llmquant import native; print('imported'); native.active_backend()"
+    environment = os.environ | {native.VARIABLE: "cuda"}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert child.stdout == "imported\n"
+    assert "RecipeError: LLMQUANT_BACKEND: 'cuda' is no backend; use native or reference" in child.stderr
