@@ -51,6 +51,7 @@ class Stack:
     scheme: Scheme
     norm: str | None = None
     source: str | None = None
+    normed: bool = True  # a norm makes their input, whether or not a scale can be folded into it
 
     @property
     def n(self) -> int:
@@ -84,7 +85,7 @@ class Unit:
             if linears[0].scheme:
                 norm = None if self.layer.norm_offset is None else group.norm
                 source = sources.get(linears[0].name) if len(linears) == 1 else None
-                stacks.append(Stack(linears, linears[0].scheme, norm, source))
+                stacks.append(Stack(linears, linears[0].scheme, norm, source, group.norm is not None))
         return stacks
 
 

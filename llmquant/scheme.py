@@ -65,6 +65,10 @@ class Quantized(NamedTuple):
 
 def dequantize(q: Quantized, scheme: Scheme) -> Tensor:
     """The real weight, fp32 [m, n]."""
-    n = q.codes.shape[1]
-    group = torch.arange(n, device=q.codes.device) // scheme.width(n)
-    return q.scales[:, group] * (q.codes.float() - q.zeros[:, group].float())
+    m, n = q.codes.shape
+    width = scheme.width(n)
+    if n % width:  # the last group is shorter
+        group = torch.arange(n, device=q.codes.device) // width
+        return q.scales[:, group] * (q.codes.float() - q.zeros[:, group].float())
+    codes = q.codes.view(m, -1, width).float()
+    return codes.sub_(q.zeros.unsqueeze(-1)).mul_(q.scales.unsqueeze(-1)).view(m, n)

@@ -147,18 +147,25 @@ class _Work:
             yield self.records[-1]
 
     def capture(self, stack: Stack) -> Moments | None:
-        """The moments of the stack's input, with everything before it already quantized."""
+        """The moments of the stack's input, with everything before it already quantized.
+
+        A linear that no norm feeds writes to the residual stream, where an error counts by the size of what it is added
+        to: its tokens are divided by that size. Otherwise the first token, a thousand times larger, would be all.
+        """
         if self.crossing is None:
             return None
-        moments = Moments(stack.n, self.shell.device, compared=self.crossing.compares(stack.linears[0].name))
-        for i, sample in enumerate(self.crossing.samples(stack.linears[0].name)):
-            take = moments.hold_out if i in self.place.held_out else moments.update
-            take(sample.x, sample.mask, sample.original)
+        first = stack.linears[0].name
+        moments = Moments(stack.n, self.shell.device, compared=self.crossing.compares(first))
+        for i, (x, mask, original) in enumerate(self.crossing.samples(first)):
+            if not stack.normed:
+                size = self.crossing.size(i).to(x.dtype).view(*x.shape[:-1], 1)
+                x, original = x / size, None if original is None else original / size
+            (moments.hold_out if i in self.place.held_out else moments.update)(x, mask, original)
         return moments
 
     def fold(self, stack: Stack) -> NormFold | LinearFold | None:
         """Where scales on the stack's columns can go."""
-        if stack.norm is not None and self.unit.layer and self.unit.layer.norm_offset is not None:
+        if stack.norm and self.unit.layer and self.unit.layer.norm_offset is not None:
             return NormFold(self.shell, stack.norm, self.unit.layer.norm_offset)
         return LinearFold(self.shell, stack.source, self.quantized[stack.source][0]) if stack.source else None
 

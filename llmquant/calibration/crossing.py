@@ -68,6 +68,10 @@ class Crossing:
         for x, mask in zip(self._walk.inputs(stop), self.stream.masks, strict=True):
             yield Sample(x, mask, next(originals))
 
+    def size(self, batch: int) -> Tensor:
+        """Root mean square of each token's state before the layer, [B, T]."""
+        return self.stream.hidden[batch].float().square().mean(-1).sqrt().clamp(min=1e-6)
+
     def again(self) -> None:
         """What the batches have passed already has changed: bring them anew to where they stand."""
         self._walk.again()

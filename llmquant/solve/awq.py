@@ -13,8 +13,8 @@ from llmquant.scheme import Scheme, dequantize
 from llmquant.solve.moments import energy
 from llmquant.solve.rtn import quantize_rtn
 
-POWERS = torch.linspace(0.0, 1.0, 21)
-SAMPLED_ROWS = 256  # rows of the stacked weight that the Gram form is computed on: they share one scale anyway
+POWERS = torch.linspace(0.0, 1.0, 11)
+SAMPLED_ROWS = 256  # of the stacked weight: all rows share the scales
 
 Loss = Callable[[Tensor], float]  # of the weight that takes the place of W, [m, n]
 
@@ -38,10 +38,14 @@ def search_scales(W: Tensor, H: Tensor, scheme: Scheme, settle: Callable[[Tensor
     return ones if best == 0 else tried[best - 1]
 
 
+def sampled(W: Tensor) -> Tensor:
+    """Rows spread over the weight: enough for the Gram form to choose scales by."""
+    return W[:: -(-len(W) // SAMPLED_ROWS)]
+
+
 def gram_loss(W: Tensor, H: Tensor) -> Loss:
-    """||X (W - Q)^T||^2 = tr(E H E^T) without a forward pass, on rows spread over the weight."""
-    rows = slice(None, None, -(-len(W) // SAMPLED_ROWS))
-    return lambda Q: energy((W - Q)[rows], H)
+    """||X (W - Q)^T||^2 = tr(E H E^T): no forward pass."""
+    return lambda Q: energy(W - Q, H)
 
 
 def rounded(W: Tensor, s: Tensor, scheme: Scheme) -> Tensor:

@@ -19,7 +19,7 @@ SEARCH_CHUNK = 1 << 18  # weights per pass of the search: the working set stays 
 # What the search tries: each end of the group's range shrunk to these fractions of itself. A symmetric grid keeps the
 # ends together and may stand on its head (a negative scale), so that the longer side has the one step more.
 SYMMETRIC_SHRINK = torch.linspace(1.0, 0.55, 24)
-ASYMMETRIC_SHRINK = torch.linspace(1.0, 0.6, 8)
+ASYMMETRIC_SHRINK = torch.linspace(1.0, 0.6, 6)
 
 
 def representable(scales: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llmquant.errors import RecipeError
 from llmquant.scheme import Quantized, Scheme, dequantize
-from llmquant.solve.awq import Loss, gram_loss, search_scales
+from llmquant.solve.awq import Loss, gram_loss, sampled, search_scales
+from llmquant.solve.columns import search_columns
 from llmquant.solve.gptq import ORDERS, corrected, quantize_gptq
-from llmquant.solve.grid import encode, search_grid
+from llmquant.solve.grid import encode
 from llmquant.solve.hessian import DAMPING, Factor, inverse_factor
 from llmquant.solve.refine import refine
 from llmquant.solve.rtn import quantize_rtn
@@ -35,7 +36,7 @@ class Problem:
 
     Attributes:
         H, D: moments of the input as in `moments.py`, fp32 [n, n]; None where nothing is known or compared.
-        held_out: tokens to measure errors on, (X^, X), fp32 [k, n] each.
+        held_out: tokens to measure errors on, (X^, X), [k, n] each, in the dtype of the activations.
         settle: from wanted column scales to those that can be folded; None where nothing can.
         awq_loss: the loss that AWQ's scales are chosen by; None for the Gram form.
     """
@@ -71,8 +72,9 @@ class Problem:
         """AWQ's column scales, fp32 [n]; None where none can be folded, or none helps."""
         if self.settle is None:
             return None
-        loss = self.awq_loss or gram_loss(self.target, self.known)
-        s = search_scales(self.target, self.known, self.scheme, self.settle, loss)
+        W = self.target if self.awq_loss else sampled(self.target)
+        loss = self.awq_loss or gram_loss(W, self.known)
+        s = search_scales(W, self.known, self.scheme, self.settle, loss)
         return None if bool((s == 1.0).all()) else s
 
 
@@ -106,7 +108,9 @@ def awq(problem: Problem) -> Solution:
     s, H = problem.scales, problem.known
     W = problem.target if s is None else problem.target * s
     weight = H.diagonal() if s is None else H.diagonal() / s.square()
-    grids = search_grid(W, floored(weight, DAMPING), problem.scheme)
+    width = problem.scheme.width(W.shape[1])
+    scales, zeros = search_columns(W.T.contiguous(), floored(weight, DAMPING), width, problem.scheme)
+    grids = scales.T.contiguous(), zeros.T.to(torch.uint8).contiguous()
     return Solution(encode(W, *grids, problem.scheme), "awq", s)
 
 
@@ -142,18 +146,23 @@ def auto(problem: Problem) -> Solution:
     """
     if problem.held_out is None:
         raise RecipeError("method: auto compares on calibration sequences held out, and there is one only; add samples")
-    candidates = [gptq(problem), awq(problem), rtn(problem)]
+    candidates = [gptq(problem), awq(problem)]
     if problem.scales is not None:
         candidates.append(awq_gptq(problem))
-    errors = {c.method: held_out_error(problem.W, c.weight(problem.scheme), *problem.held_out) for c in candidates}
+    error = held_out_error(problem.W, *problem.held_out)
+    errors = {c.method: error(c.weight(problem.scheme)) for c in candidates}
     best = min(candidates, key=lambda c: errors[c.method])
     return best._replace(held_out=errors)
 
 
-def held_out_error(W: Tensor, Q: Tensor, x: Tensor, original: Tensor) -> float:
-    """||X W^T - X^ Q^T||^2 / ||X W^T||^2: what reaches the next layer, against what would in the original model."""
-    wanted = original @ W.T
-    return float((wanted - x @ Q.T).square().sum() / wanted.square().sum().clamp(min=1e-30))
+def held_out_error(W: Tensor, x: Tensor, original: Tensor) -> Callable[[Tensor], float]:
+    """Of a weight Q: ||X W^T - X^ Q^T||^2 / ||X W^T||^2, what would be wrong at the outputs against their size.
+
+    Written as (X - X^) W^T + X^ (W - Q)^T: nothing cancels, so the precision of the activations is enough for both.
+    """
+    shift = (original - x) @ W.T.to(x.dtype)
+    size = float((original @ W.T.to(x.dtype)).float().square().sum())
+    return lambda Q: float((shift + x @ (W - Q).T.to(x.dtype)).float().square().sum()) / max(size, 1e-30)
 
 
 def floored(weight: Tensor, damping: float) -> Tensor:

@@ -26,7 +26,7 @@ class Moments:
 
         `original` [..., n] are the same tokens in the original model; without them, X is X^.
         """
-        x, original = _flat(x, mask), None if original is None else _flat(original, mask)
+        x, original = _flat(x, mask).float(), None if original is None else _flat(original, mask).float()
         for start in range(0, x.shape[1], STRIP):
             self._H[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].T, x[:, start:])
         if self._D is not None and original is not None:
@@ -56,13 +56,13 @@ class Moments:
         return None if self._D is None else self._D / self.tokens
 
     def held_out(self) -> tuple[Tensor, Tensor] | None:
-        """The tokens held out, X^ and X, fp32 [k, n] each; None if there are none."""
+        """The tokens held out, X^ and X, [k, n] each; None if there are none."""
         return tuple(map(torch.cat, zip(*self._held, strict=True))) if self._held else None  # type: ignore[return-value]
 
 
 def _flat(x: Tensor, mask: Tensor | None) -> Tensor:
     x = x.reshape(-1, x.shape[-1])
-    return (x if mask is None else x[mask.reshape(-1)]).float()
+    return x if mask is None else x[mask.reshape(-1)]
 
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
