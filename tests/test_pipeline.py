@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmquant.calibration.stream import Stream
+from llmquant.calibration.crossing import Crossing
 from llmquant.errors import NumericsError, OutputError, VerifyError
 from llmquant.evaluate.divergence import compare
 from llmquant.evaluate.perplexity import Protocol
@@ -52,7 +52,10 @@ def test_every_family_end_to_end(
     records = Records()
     quantize(model, tmp_path / "out", recipe(calibration), observer=records)
     verify_checkpoint(tmp_path / "out")
-    assert all(r["tokens"] == 12 * 48 and r["rung"] == "fp32" and 0 < r["error"] < 0.2 for r in records.records)
+    for r in records.records:
+        assert r["tokens"] == 11 * 48
+        assert r["rung"] in ("fp32", "none")  # none: where AWQ alone did best on what was held out
+        assert 0 < r["error"] < 0.2, r
     ids = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(1))
     protocol = Protocol("random", 48, 2, 94, False, "float32")
     moved = compare(load(tmp_path / "out", torch.float32), load(model, torch.float32), ids, protocol).divergence
@@ -120,13 +123,13 @@ def test_infinite_activations_name_the_linear(
     tiny_checkpoint: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight can be finite and still overflow: blow the stream up after the first layer."""
-    advance = Stream.advance
+    advance = Crossing.advance
 
-    def explode(self: Stream, layer: Any) -> None:
-        advance(self, layer)
-        self._hidden = [states * float("inf") for states in self._hidden]
+    def explode(self: Crossing) -> None:
+        advance(self)
+        self.stream.hidden = [states * float("inf") for states in self.stream.hidden]
 
-    monkeypatch.setattr(Stream, "advance", explode)
+    monkeypatch.setattr(Crossing, "advance", explode)
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.q_proj: NaN or Inf in its input"):
         quantize(tiny_checkpoint, tmp_path / "out", recipe(calibration))
     assert not (tmp_path / "out" / "config.json").exists()

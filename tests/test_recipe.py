@@ -14,7 +14,7 @@ from llmquant.scheme import Scheme
     ("values", "words"),
     [
         ({"methd": "gptq"}, "methd: unknown key; did you mean 'method'"),
-        ({"method": "gptqq"}, "method: Input should be 'rtn' or 'gptq'"),
+        ({"method": "gptqq"}, "method: Input should be 'rtn', 'awq', 'gptq', 'awq+gptq' or 'auto'"),
         ({"scheme": {"bits": 5}}, "bits: 5 is not supported"),
         ({"scheme": {"bits": 4, "groupsize": 64}}, "scheme.groupsize: unknown key; did you mean 'group_size'"),
         ({"scheme": {"group_size": 100}}, "group_size: 100 is not supported"),

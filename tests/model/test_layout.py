@@ -97,8 +97,8 @@ def test_groups_norms_and_folds(
 
 
 def test_gemma_gains_are_stored_as_offsets_from_one() -> None:
-    assert derive_layout(FAMILIES[4][0]).norm_offset == 1.0
-    assert derive_layout(FAMILIES[0][0]).norm_offset == 0.0
+    assert derive_layout(FAMILIES[4][0]).layers[0].norm_offset == 1.0
+    assert derive_layout(FAMILIES[0][0]).layers[0].norm_offset == 0.0
 
 
 def test_grouped_query_attention_has_no_value_fold() -> None:
