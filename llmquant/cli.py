@@ -60,7 +60,7 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
     method: Annotated[Method | None, typer.Option(help="How codes are chosen. (default: auto)")] = None,
     preset: Annotated[Preset | None, typer.Option(help="Time against accuracy. (default: default)")] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8. (default: 4)")] = None,
+    bits: Annotated[int | None, typer.Option(help="3, 4 or 8. (default: 4)")] = None,
     group_size: Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for per-channel. (default: 128)")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point fixed or free. (default: --sym)")] = None,
     format: Annotated[Format | None, typer.Option(help="Packed layout. (default: compressed-tensors)")] = None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmquant.errors import RecipeError
 
-BITS = (4, 8)
+BITS = (3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)  # -1: one group per row ("per channel")
 
 

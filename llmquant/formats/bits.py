@@ -8,19 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+EIGHT_CODES = torch.arange(0, 24, 3)  # where 3-bit codes stand in three bytes
+THREE_BYTES = torch.arange(0, 24, 8)
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n] to int32 [..., ceil(n * bits / 32)], for 4 or 8 bits; the last word is padded with zeros."""
-    octets = F.pad(codes, (0, -codes.shape[-1] % (32 // bits)))
-    if bits == 4:
+    """uint8 [..., n] to int32 [..., ceil(n * bits / 32)], for 3, 4 or 8 bits; the last word is padded with zeros."""
+    octets = F.pad(codes, (0, -codes.shape[-1] % 32))
+    if bits == 3:  # eight codes are three bytes
+        run = (octets.unflatten(-1, (-1, 8)).int() << EIGHT_CODES.to(codes.device)).sum(-1, keepdim=True)
+        octets = (run >> THREE_BYTES.to(codes.device)).to(torch.uint8).flatten(-2)
+    elif bits == 4:
         octets = octets[..., 0::2] | octets[..., 1::2] << 4
-    return octets.flatten().view(torch.int32).reshape(*codes.shape[:-1], words(codes.shape[-1], bits))
+    count = words(codes.shape[-1], bits)
+    return octets[..., : 4 * count].contiguous().flatten().view(torch.int32).reshape(*codes.shape[:-1], count)
 
 
 def unpack(words: Tensor, bits: int, n: int) -> Tensor:
     """The first `n` codes, uint8 [..., n]: the inverse of `pack`."""
     octets = words.flatten().view(torch.uint8).reshape(*words.shape[:-1], 4 * words.shape[-1])
-    if bits == 4:
+    if bits == 3:
+        triples = F.pad(octets, (0, -octets.shape[-1] % 3)).unflatten(-1, (-1, 3)).int()
+        run = (triples << THREE_BYTES.to(words.device)).sum(-1, keepdim=True)
+        octets = (run >> EIGHT_CODES.to(words.device) & 7).to(torch.uint8).flatten(-2)
+    elif bits == 4:
         octets = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
     return octets[..., :n].contiguous()
 

@@ -78,9 +78,12 @@ def refuse(m: int, n: int, scheme: Scheme) -> str | None:
 
 def caveats(schemes: Collection[Scheme]) -> list[str]:
     """What a user should know about clients of this layout that cannot read these schemes."""
+    found = []
     if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
-        return ["transformers refuses asymmetric weights in more than one scheme; vLLM reads them"]
-    return []
+        found.append("transformers refuses asymmetric weights in more than one scheme; vLLM reads them")
+    if any(scheme.bits == 3 for scheme in schemes):
+        found.append("vLLM has no kernel for 3 bits; transformers reads them")
+    return found
 
 
 def config_block(schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[str, Any]:

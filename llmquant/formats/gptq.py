@@ -86,6 +86,8 @@ def unpack(prefix: str, read: Callable[[str], Tensor], m: int, n: int, scheme: S
 
 def refuse(m: int, n: int, scheme: Scheme) -> str | None:
     """Why a linear of this shape cannot be held; None if it can."""
+    if scheme.bits == 3:
+        return "3 bits are stored in another order, which few servers read"
     if n % scheme.width(n):
         return f"group size {scheme.group_size} does not divide {n} columns"
     per_word = 32 // scheme.bits
@@ -146,6 +148,8 @@ def read_config(block: dict[str, Any], linears: Sequence[str]) -> dict[str, Sche
         options = _overridden(name, block)
         if options is not None:
             schemes[name] = read_scheme(options.get("bits"), options.get("group_size"), options.get("sym", True))
+            if schemes[name].bits == 3:
+                raise CheckpointError("config.json: quantization_config: bits: 3 is not supported in this layout")
     return schemes
 
 

@@ -37,9 +37,10 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_quantized(cls, q: Quantized, scheme: Scheme, bias: nn.Parameter | None = None) -> "QuantLinear":
-        """Pack a quantized weight."""
-        zeros = None if scheme.symmetric else q.zeros
-        linear = cls(q.codes.shape[1], scheme, pack_codes(q.codes, scheme.bits), q.scales, zeros)
+        """Pack a quantized weight. The kernels know 4 and 8 bits: 3-bit codes take the room of 4-bit ones here."""
+        held = Scheme(4, scheme.group_size, symmetric=False) if scheme.bits == 3 else scheme
+        zeros = None if held.symmetric else q.zeros
+        linear = cls(q.codes.shape[1], held, pack_codes(q.codes, held.bits), q.scales, zeros)
         linear.bias = bias
         return linear
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from llmquant.scheme import Quantized, Scheme
+from llmquant.scheme import BITS, Quantized, Scheme
 
-SCHEMES = [Scheme(bits, g, sym) for bits in (4, 8) for g in (32, 64, 128, -1) for sym in (True, False)]
+SCHEMES = [Scheme(bits, g, sym) for bits in BITS for g in (32, 64, 128, -1) for sym in (True, False)]
 
 
 def example() -> Quantized:

@@ -39,7 +39,7 @@ def test_what_goes_in_comes_out(scheme: Scheme, dtype: torch.dtype) -> None:
         assert torch.equal(before, after)
 
 
-@given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 70), st.sampled_from([4, 8]), st.booleans())
+@given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 70), st.sampled_from([3, 4, 8]), st.booleans())
 def test_any_shape_comes_back(m: int, groups: int, n: int, width: int, symmetric: bool) -> None:
     scheme, n = (Scheme(width, 32, symmetric), 32 * groups) if n % 2 else (Scheme(width, -1, symmetric), n)
     q = quantized(scheme, m, n)
@@ -131,7 +131,7 @@ def test_config_of_another_tool() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"num_bits": 3}, "bits: 3"),
+        ({"num_bits": 5}, "bits: 5"),
         ({"group_size": 16}, "group_size: 16"),
         ({"type": "float"}, "type 'float'"),
         ({"strategy": "tensor"}, "strategy 'tensor'"),

@@ -25,7 +25,7 @@ def test_symmetric_zero_points_are_the_words_that_other_tools_write(width: int, 
     assert set(gptq.pack("p", quantized(scheme), scheme, BF16)["p.qzeros"].flatten().tolist()) == {word}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bits != 3], ids=str)
 def test_what_goes_in_comes_out(scheme: Scheme) -> None:
     q = quantized(scheme, lowest_zero=1)
     m, n = q.codes.shape

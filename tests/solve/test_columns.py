@@ -12,7 +12,7 @@ if not LIBRARY.is_file():
 
 NATIVE = Library()
 LEVELS = range(len(NATIVE.levels))
-SCHEMES = [Scheme(bits, 32, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+SCHEMES = [Scheme(bits, 32, symmetric) for bits in (3, 4, 8) for symmetric in (True, False)]
 SHAPES = [(64, 1), (64, 37), (128, 70), (96, 16)]  # (columns, rows): rows beside and beyond whole tiles
 
 

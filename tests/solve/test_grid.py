@@ -7,7 +7,7 @@ from llmquant.errors import NumericsError, RecipeError
 from llmquant.scheme import GROUP_SIZES, Scheme, dequantize
 from llmquant.solve.grid import MIN_SCALE, encode, minmax_grid, search_grid
 
-SCHEMES = [Scheme(bits, g, symmetric) for bits in (4, 8) for g in GROUP_SIZES for symmetric in (True, False)]
+SCHEMES = [Scheme(bits, g, symmetric) for bits in (3, 4, 8) for g in GROUP_SIZES for symmetric in (True, False)]
 
 
 def weights(m: int = 24, n: int = 256, seed: int = 0) -> torch.Tensor:
