@@ -128,7 +128,7 @@ def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:
 def _log_lines(
     plan: Plan, calibration: Calibration | None, fingerprint: dict[str, Any], journal: Journal
 ) -> list[dict[str, Any]]:
-    """The run's records: one line for the whole, one per module."""
+    """The run's records: one line for the whole, one per module, one per trained layer."""
     tokens = calibration.tokens if calibration else {}
     notes = [*plan.notes, *(calibration.notes if calibration else ())]
     head = {
@@ -137,4 +137,9 @@ def _log_lines(
         "sequences": calibration.sequences if calibration else 0,
         "notes": notes,
     }
-    return [head, *(module for record in journal.records for module in record["modules"])]
+    lines = [head]
+    for record in journal.records:
+        lines += record["modules"]
+        if "training" in record:
+            lines.append({"layer": record["unit"], "training": record["training"]})
+    return lines

@@ -111,7 +111,9 @@ class _Work:
         self.unit, self.place, self.crossing = unit, place, crossing
         self.shell, self.recipe = place.shell, place.plan.recipe
         solver = self.recipe.solver
-        self.choices = Choices(solver.order, solver.weight, solver.damping, solver.correction, solver.refine)
+        self.choices = Choices(
+            solver.order, solver.weight, solver.damping, solver.shrinkage, solver.correction, solver.refine
+        )
         self.quantized: dict[str, tuple[Quantized, Scheme]] = {}
         self.changed: dict[str, Tensor] = {}  # kept tensors with a scale folded into them
         self.records: list[dict[str, Any]] = []
