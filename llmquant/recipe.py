@@ -44,7 +44,7 @@ class SolverRecipe(_Strict):
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "gptq", "solver": {"correction": 0.0}},
     "default": {},
-    "best": {"solver": {"train": 60}},
+    "best": {"solver": {"refine": 1, "train": 40}},
 }
 
 

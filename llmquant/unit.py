@@ -115,6 +115,7 @@ class _Work:
             solver.order, solver.weight, solver.damping, solver.shrinkage, solver.correction, solver.refine
         )
         self.quantized: dict[str, tuple[Quantized, Scheme]] = {}
+        self.aims: dict[str, Tensor] = {}  # what the integers stand for, where they are to be trained
         self.changed: dict[str, Tensor] = {}  # kept tensors with a scale folded into them
         self.records: list[dict[str, Any]] = []
 
@@ -140,6 +141,9 @@ class _Work:
         parts = [Quantized(*part) for part in zip(*(f.split(rows) for f in solution.quantized), strict=True)]
         for name, q in zip(W, parts, strict=True):
             self.put(name, q, stack.scheme)
+        if self.recipe.solver.train:
+            aim = problem.target if solution.fold is None else problem.target * solution.fold
+            self.aims |= {name: part.clone() for name, part in zip(W, aim.split(rows), strict=True)}
         if fold is not None and solution.fold is not None:
             self.apply(fold, solution.fold)
         seconds = (perf_counter() - started) / len(W)  # the stack is one problem: each member's share
@@ -175,6 +179,8 @@ class _Work:
         if isinstance(fold, LinearFold):
             q, changed = fold.apply(s)
             self.put(fold.linear, q, self.quantized[fold.linear][1])
+            if fold.linear in self.aims:
+                self.aims[fold.linear][-len(s) :] /= s.unsqueeze(1)
         else:
             changed = fold.apply(s)
         self.changed |= changed
@@ -222,7 +228,7 @@ class _Work:
             self.crossing.targets(),
             self.crossing.stream.masks,
             self.place.held_out,
-            self.quantized,
+            {name: (q, scheme, self.aims[name]) for name, (q, scheme) in self.quantized.items()},
             iterations=iterations,
             dtype=self.shell.dtype,
             seed=self.recipe.seed,

@@ -53,9 +53,10 @@ class Problem:
 
     @cached_property
     def known(self) -> Tensor:
+        """H as the solvers are to see it."""
         if self.H is None:
             raise ValueError("this method needs a Hessian")
-        return self.H
+        return shrunk(self.H, self.choices.shrinkage)
 
     @cached_property
     def factor(self) -> Factor:
@@ -95,13 +96,16 @@ class Solution(NamedTuple):
         return W if self.fold is None else W.div_(self.fold)
 
 
-def factorize(H: Tensor, scheme: Scheme, choices: Choices) -> Factor:
-    """The inverse factor of H with its off-diagonal shrunk.
+def shrunk(H: Tensor, shrinkage: float) -> Tensor:
+    """H with its off-diagonal brought nearer to zero.
 
     The correlations of a finite text are partly its own; an estimate between them and none at all errs less on another
     text (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004).
     """
-    H = torch.lerp(H, torch.diag(H.diagonal()), choices.shrinkage)
+    return torch.lerp(H, torch.diag(H.diagonal()), shrinkage)
+
+
+def factorize(H: Tensor, scheme: Scheme, choices: Choices) -> Factor:
     order = ORDERS[choices.order](H.diagonal(), scheme.width(len(H)))
     return inverse_factor(H, order, grouped=choices.order == "group", damping=choices.damping)
 

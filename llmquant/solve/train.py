@@ -1,6 +1,6 @@
 """Trained rounding: signed gradients move codes and scales towards the layer's output in the original model.
 
-(SignRound, Cheng et al., arXiv 2309.05516, section 5.11 of whose notation V is; started here from solved codes.)
+(SignRound, Cheng et al., arXiv 2309.05516, whose V it is; started here from codes that are solved.)
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,9 @@ from torch import Tensor
 from llmquant.scheme import Quantized, Scheme, dequantize
 from llmquant.solve.grid import representable
 
-SEQUENCES = 8  # of each step
+SEQUENCES = 4  # of each step
+EDGE = 0.499  # of a code: half a step, less what rounding could take for more
+RATE = 0.0005  # of a code, for the mean gradient of a row, in the first step; it falls to zero with the last
 SCALE_RATE = 0.1  # of the codes' rate: a scale moves all codes of its group
 
 Forward = Callable[[dict[str, Tensor], int], Tensor]  # weights [m, n] by linear, and a batch: its output [B, T, hidden]
@@ -20,7 +22,10 @@ Forward = Callable[[dict[str, Tensor], int], Tensor]  # weights [m, n] by linear
 
 @dataclass
 class _Variables:
-    """A linear's integers with room to move: codes round(c + V) in [0, 2^bits), scales s (1 + b)."""
+    """A linear's integers with room to move: codes round(c + V) in [0, 2^bits), scales s (1 + b).
+
+    V starts where the weight itself is, if that rounds to the solved code, or at the edge on its side.
+    """
 
     start: Quantized
     scheme: Scheme
@@ -28,8 +33,10 @@ class _Variables:
     b: Tensor
 
     @classmethod
-    def of(cls, q: Quantized, scheme: Scheme) -> "_Variables":
-        return cls(q, scheme, torch.zeros(q.codes.shape, device=q.codes.device), torch.zeros_like(q.scales))
+    def of(cls, q: Quantized, scheme: Scheme, W: Tensor) -> "_Variables":
+        width = scheme.width(W.shape[1])
+        exact = W / q.scales.repeat_interleave(width, 1) + q.zeros.repeat_interleave(width, 1)
+        return cls(q, scheme, (exact - q.codes).clamp_(-EDGE, EDGE), torch.zeros_like(q.scales))
 
     def quantized(self) -> Quantized:
         codes = (self.start.codes + self.V).round_().clamp_(0, self.scheme.max_code)
@@ -43,8 +50,8 @@ class _Variables:
         width = self.scheme.width(gradient.shape[1])
         by_scale = (gradient * integers).view(*q.scales.shape, width).sum(-1) * self.start.scales
         by_code = gradient * q.scales.repeat_interleave(width, 1)
-        self.V.sub_(by_code.sign(), alpha=rate).clamp_(-1, 1)
-        self.b.sub_(by_scale.sign(), alpha=rate * SCALE_RATE)
+        self.V.sub_(_of_mean_size_one(by_code), alpha=rate).clamp_(-1, 1)
+        self.b.sub_(_of_mean_size_one(by_scale), alpha=rate * SCALE_RATE)
 
 
 def train_rounding(
@@ -52,7 +59,7 @@ def train_rounding(
     targets: Sequence[Tensor],
     masks: Sequence[Tensor],
     held_out: set[int],
-    quantized: dict[str, tuple[Quantized, Scheme]],
+    quantized: dict[str, tuple[Quantized, Scheme, Tensor]],
     *,
     iterations: int,
     dtype: torch.dtype,
@@ -66,9 +73,10 @@ def train_rounding(
     Args:
         targets: the layer's outputs in the original model, [B, T, hidden] for each batch.
         masks: bool [B, T], False where padded.
+        quantized: by linear, its integers, their scheme and the weight that they stand for, fp32 [m, n].
         dtype: of the weights that `forward` takes.
     """
-    variables = {name: _Variables.of(*pair) for name, pair in quantized.items()}
+    variables = {name: _Variables.of(*each) for name, each in quantized.items()}
     seen = [i for i in range(len(targets)) if i not in held_out]
     generator = torch.Generator().manual_seed(seed)
     before = _held_out_loss(forward, targets, masks, held_out, variables, dtype)
@@ -80,15 +88,20 @@ def train_rounding(
             i = seen[pick]
             with torch.enable_grad():
                 token_loss(forward(weights, i), targets[i], masks[i]).backward()
-        rate = (1 - iteration / iterations) / iterations
+        rate = RATE * (1 - iteration / iterations)
         for name, v in variables.items():
             gradient = weights[name].grad
             if gradient is not None:
                 v.step(gradient.float(), rate)
     after = _held_out_loss(forward, targets, masks, held_out, variables, dtype)
     if not after < before:
-        return {name: q for name, (q, _) in quantized.items()}, before, before
+        return {name: q for name, (q, *_) in quantized.items()}, before, before
     return {name: v.quantized() for name, v in variables.items()}, before, after
+
+
+def _of_mean_size_one(gradient: Tensor) -> Tensor:
+    """Each row by its own mean magnitude: rows are problems of very different size."""
+    return gradient / gradient.abs().mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
