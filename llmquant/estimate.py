@@ -8,11 +8,12 @@ import torch
 from llmquant.model.layout import Layout
 from llmquant.model.shell import Shell
 from llmquant.recipe import Recipe
+from llmquant.solve.train import SEQUENCES
 
 RUNTIME_BYTES = 600_000_000  # Python, torch and transformers themselves, as measured
-PASSES = 2.2  # forward passes per layer: one partial pass per group of linears, and one whole pass to advance
-HESSIAN_COPIES = 5  # sum, mean, reordered, factor, inverse factor
-WEIGHT_COPIES = 4  # stacked, reordered, codes with their grid, dequantized
+HESSIAN_COPIES = 7  # two sums, two means, reordered, factor, inverse factor
+WEIGHT_COPIES = 5  # stacked, corrected, reordered, codes with their grid, dequantized
+CANDIDATES = 3  # that `auto` solves
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,13 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     item = shell.dtype.itemsize
     layer_bytes = max(sum(m * n for m, n in shapes) for shapes in by_layer) * item
     outside = sum(shell.model.get_parameter(name).numel() for name in _outside(shell, layout)) * (item + 2)
-    state = tokens * shell.config.hidden_size * item
+    streams = 2 if recipe.solver.correction or recipe.solver.train else 1
+    widest = max(layout.shapes[group.linears[0]][1] for layer in layout.layers for group in layer.groups)
+    # Between layers each token is one state; inside one, the state and the input of the linear it stands before.
+    state = streams * tokens * (shell.config.hidden_size + widest) * item
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
-    memory = RUNTIME_BYTES + state + max(outside, layer_bytes + (solve if calibrated else layer_bytes))
-    flops = sum(_layer_flops(layout, [g.linears for g in layer.groups], tokens) for layer in layout.layers)
+    memory = RUNTIME_BYTES + state + max(outside, streams * layer_bytes + (solve if calibrated else layer_bytes))
+    flops = sum(_layer_flops(layout, [g.linears for g in layer.groups], tokens, recipe) for layer in layout.layers)
     return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens)
 
 
@@ -54,13 +58,15 @@ def _solve_bytes(layout: Layout, linears: tuple[str, ...]) -> int:
     return 4 * (HESSIAN_COPIES * n * n + WEIGHT_COPIES * m * n)
 
 
-def _layer_flops(layout: Layout, groups: list[tuple[str, ...]], tokens: int) -> float:
-    """Forward passes, Hessians and column updates; attention itself is left out as it is small at these lengths."""
+def _layer_flops(layout: Layout, groups: list[tuple[str, ...]], tokens: int, recipe: Recipe) -> float:
+    """Forward passes, moments, solves and training; attention itself is left out as it is small at these lengths."""
+    solver = recipe.solver
     stacks = [_stack(layout, linears) for linears in groups]
-    forward = PASSES * 2 * tokens * sum(m * n for m, n in stacks)
-    hessian = 2 * tokens * sum(n * n for _, n in stacks)
-    solve = sum(2 * m * n * n + 2 * n**3 for m, n in stacks)
-    return forward + hessian + solve
+    passes = 1 + bool(solver.correction) + 3 * solver.train * SEQUENCES * recipe.calibration.seq_len / max(tokens, 1)
+    forward = passes * 2 * tokens * sum(m * n for m, n in stacks)
+    moments = (1 + bool(solver.correction)) * 2 * tokens * sum(n * n for _, n in stacks)
+    solve = sum(2 * m * n * n + 2 * n**3 for m, n in stacks) * (CANDIDATES if recipe.method == "auto" else 1)
+    return forward + moments + solve
 
 
 def _matrix_speed(device: torch.device, size: int = 1024) -> float:

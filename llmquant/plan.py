@@ -19,6 +19,7 @@ from llmquant.estimate import Estimate, estimate
 from llmquant.formats import FORMATS
 from llmquant.model.layout import Layer, Layout, derive_layout
 from llmquant.model.shell import Shell
+from llmquant.native import active_backend
 from llmquant.recipe import Recipe
 from llmquant.scheme import Scheme
 from llmquant.version import __version__
@@ -156,6 +157,8 @@ class Plan:
             "machine": {
                 "device": torch.cuda.get_device_name(shell.device) if shell.device.type == "cuda" else "cpu",
                 "instructions": torch.backends.cpu.get_cpu_capability(),
+                "backend": active_backend(),
+                "dtype": str(shell.dtype),
                 "threads": torch.get_num_threads(),
             },
         }
@@ -168,7 +171,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         RecipeError: the recipe contradicts itself or the model.
         OutputError: the run would need more than `max_memory` bytes.
     """
-    _check_format(recipe)
+    _check_recipe(recipe)
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
     drafts = [_draft_outside(shell, layout), *(_draft_layer(layer, recipe, shell, layout) for layer in layout.layers)]
     total = sum(spec_bytes(spec) for draft in drafts for spec in draft.specs.values())
@@ -206,7 +209,9 @@ def check_original(source: Checkpoint) -> None:
         raise CheckpointError(f"{source.root}: is quantized already ({method}); start from the original checkpoint")
 
 
-def _check_format(recipe: Recipe) -> None:
+def _check_recipe(recipe: Recipe) -> None:
+    if recipe.method == "rtn" and recipe.solver.train:
+        raise RecipeError("method: rtn reads no text, so that nothing can be trained; choose another method or preset")
     schemes = [recipe.scheme, *(override.apply(None, recipe.scheme) for override in recipe.overrides)]
     if recipe.format == "gptq" and any(scheme and not scheme.symmetric for scheme in schemes):
         raise RecipeError("format: servers refuse asymmetric GPTQ files; use --format compressed-tensors, or --sym")

@@ -130,10 +130,10 @@ class _Work:
             stacked,
             stack.scheme,
             self.choices,
-            moments and moments.H(stack.linears[0].name),
-            moments and moments.D(),
-            moments and moments.held_out(),
-            fold and fold.settle,
+            moments.H(stack.linears[0].name) if moments else None,
+            moments.D() if moments else None,
+            moments.held_out() if moments else None,
+            fold.settle if fold else None,
             self.block_loss(stack, stacked) if self.recipe.solver.awq_loss == "block" else None,
         )
         solution = METHODS[self.recipe.method].solve(problem)
@@ -210,12 +210,13 @@ class _Work:
 
     def forward(self, weights: dict[str, Tensor], batch: int) -> Tensor:
         """One batch through the layer as it stands, but for these weights."""
-        assert self.crossing and self.unit.layer  # noqa: S101  (only called while crossing)
-        stream, prefix = self.crossing.stream, f"{self.unit.name}."
+        if self.crossing is None:
+            raise ValueError("there are no activations to pass through the layer")
+        stream, layer, prefix = self.crossing.stream, self.crossing.layer, f"{self.unit.name}."
         own = {f"{name.removeprefix(prefix)}.weight": weight for name, weight in weights.items()}
-        module = stream.module(self.unit.layer)
+        module = stream.module(layer)
         call = lambda *args, **kwargs: functional_call(module, own, args, kwargs)  # noqa: E731
-        return stream.forward(self.unit.layer, call, stream.hidden, batch)
+        return stream.forward(layer, call, stream.hidden, batch)
 
     def train(self) -> dict[str, Any]:
         """Refine all integers of the layer together, if the recipe asks for it; what to record of it."""
@@ -246,13 +247,13 @@ class _Work:
             dtype = self.shell.stored_dtype(f"{name}.weight")
             tensors |= FORMATS[self.recipe.format].pack(self.shell.stored_prefix(name), q, scheme, dtype)
         for name in self.unit.kept:
-            tensors[self.shell.stored_name(name)] = self.changed[name] if name in self.changed else self.shell.read(name)
+            tensors[self.shell.stored_name(name)] = (
+                self.changed[name] if name in self.changed else self.shell.read(name)
+            )
         return tensors
 
 
-def _record(
-    name: str, scheme: Scheme, solution: Solution, W: Tensor, Q: Tensor, H: Tensor | None
-) -> dict[str, Any]:
+def _record(name: str, scheme: Scheme, solution: Solution, W: Tensor, Q: Tensor, H: Tensor | None) -> dict[str, Any]:
     """What the run log says of a linear. Without activations the error is that of the weight itself."""
     weight_error = lambda: float((W - Q).square().sum() / W.square().sum().clamp(min=1e-30))  # noqa: E731
     error = weight_error() if H is None else relative_error(W, Q, H)

@@ -41,6 +41,10 @@ class Run(NamedTuple):
     recipe: dict[str, Any]  # beside the calibration, which all have in common
     windows: int | None = None  # of the first text; None: as many as were asked for
 
+    @property
+    def key(self) -> str:
+        return f"{self.section}: {self.name}, {Scheme(**self.recipe['scheme'])}"
+
 
 # One step at a time, each on top of the one before it; then single choices that differ from the default.
 PLAIN = {"correction": 0.0, "order": "static"}
@@ -145,10 +149,6 @@ def scheme_of(result: dict[str, Any]) -> str:
     return str(Scheme(**result["recipe"]["scheme"]))
 
 
-def key(section: str, name: str, scheme: str) -> str:
-    return f"{section}: {name}, {scheme}"
-
-
 def tables(results: dict[str, dict[str, Any]], text: str) -> str:
     """Every result of each section as a row."""
     lines = []
@@ -217,7 +217,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
     wanted = [run for run in planned(str(args.calibration), args.headline) if run.section in args.only.split(",")]
-    todo = [run for run in wanted if key(run.section, run.name, str(Scheme(**run.recipe.get("scheme", {})))) not in results]
+    todo = [run for run in wanted if run.key not in results]
     tokenizer, original = load_tokenizer(args.model), load(args.model, torch.float32)
     most = max((run.windows or args.windows for run in todo), default=1)
     references = {
@@ -234,9 +234,8 @@ def main() -> None:
         except LlmquantError as error:
             print(f"{run.name}: {error}", flush=True)
             continue
-        name = key(run.section, run.name, scheme_of(result))
-        results[name] = result
-        print(f"{number}/{len(todo)} {name}: {result['texts'][first]}, {result['seconds']} s", flush=True)
+        results[run.key] = result
+        print(f"{number}/{len(todo)} {run.key}: {result['texts'][first]}, {result['seconds']} s", flush=True)
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "original": original_perplexity}
         args.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(f"# Results of scripts/bench_accuracy.py\n\n{tables(results, first)}")

@@ -1,19 +1,23 @@
 """The whole way, from a checkpoint to a verified one, on a model small enough to look at everything."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmquant.calibration.crossing import Crossing
-from llmquant.errors import NumericsError, OutputError, VerifyError
+from llmquant.errors import NumericsError, OutputError, RecipeError, VerifyError
 from llmquant.evaluate.divergence import compare
 from llmquant.evaluate.perplexity import Protocol
 from llmquant.manifest import LOG, MANIFEST, is_sealed
-from llmquant.pipeline import Options, Silent, quantize
+from llmquant.observer import Silent
+from llmquant.pipeline import Options, quantize
+from llmquant.plan import Unit
 from llmquant.recipe import Recipe
 from llmquant.runtime.loader import load
 from llmquant.verify import verify_checkpoint
@@ -133,3 +137,103 @@ def test_infinite_activations_name_the_linear(
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.q_proj: NaN or Inf in its input"):
         quantize(tiny_checkpoint, tmp_path / "out", recipe(calibration))
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+SCALED = {"method": "awq+gptq", "solver": {"shrinkage": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def uneven(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A checkpoint of which a few channels carry far more than the others, so that scales are worth folding."""
+
+    def make(arch: str) -> Path:
+        directory = tmp_path_factory.mktemp(arch) / "model"
+        shutil.copytree(make_checkpoint(arch=arch), directory)
+        tensors = load_file(directory / "model.safetensors")
+        for name, tensor in tensors.items():
+            if "norm" in name and name.endswith("weight") and tensor.dim() == 1:
+                tensor[::9] = 25.0
+            elif name.endswith(("up_proj.weight", "fc1.weight")):
+                tensor[::9] *= 25.0
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return directory
+
+    return make
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3", "opt"])
+def test_scales_are_folded_and_what_is_loaded_is_what_was_solved(
+    arch: str, uneven: Callable[..., Path], calibration: Path, tmp_path: Path
+) -> None:
+    model, records = uneven(arch), Records()
+    quantize(model, tmp_path / "out", recipe(calibration, **SCALED), observer=records)
+    verify_checkpoint(tmp_path / "out")
+    scaled = [r["module"].rpartition(".")[2] for r in records.records if r["scaled"]]
+    assert scaled, "no scale was worth folding: the test shows nothing"
+    if arch == "llama":
+        assert {"q_proj", "down_proj"} <= set(scaled)
+    ids = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(1))
+    protocol, kl = Protocol("random", 48, 2, 94, False, "float32"), {}
+    quantize(model, tmp_path / "rtn", recipe(calibration, method="rtn"))
+    for name in ("out", "rtn"):
+        loaded = load(tmp_path / name, torch.float32)
+        kl[name] = compare(loaded, load(model, torch.float32), ids, protocol).divergence.mean_kl
+    assert kl["out"] < kl["rtn"]
+
+
+class StopAfter(Silent):
+    """Stops the run from inside, as a kill would from outside."""
+
+    def __init__(self, units: int) -> None:
+        self.left = units
+
+    def finished(self, unit: Unit) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "options",
+    [SCALED, {}, {"preset": "fast"}, {"preset": "best", "solver": {"train": 3}}, {"solver": {"awq_loss": "block"}}],
+    ids=["scaled", "default", "fast", "best", "block loss"],
+)
+def test_a_run_that_was_stopped_gives_the_same_bytes(
+    options: dict[str, Any], uneven: Callable[..., Path], calibration: Path, tmp_path: Path
+) -> None:
+    """Replaying a layer has to lead to the same activations, whatever was folded into it or trained."""
+    model, wanted = uneven("llama"), recipe(calibration, **options)
+    quantize(model, tmp_path / "whole", wanted)
+    for units in (2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, tmp_path / "stopped", wanted, observer=StopAfter(units + 1))
+    quantize(model, tmp_path / "stopped", wanted)
+    assert (tmp_path / "whole" / MANIFEST).read_bytes() == (tmp_path / "stopped" / MANIFEST).read_bytes()
+
+
+def test_training_is_on_record(tiny_checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    quantize(tiny_checkpoint, tmp_path / "out", recipe(calibration, preset="best"))
+    lines = list(map(json.loads, (tmp_path / "out" / LOG).read_bytes().splitlines()))
+    trained = [line for line in lines if "training" in line]
+    assert [line["layer"] for line in trained] == ["model.layers.0", "model.layers.1"]
+    assert all(line["training"]["after"] <= line["training"]["before"] for line in trained)
+
+
+def test_what_auto_chose_is_on_record(tiny_checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    records = Records()
+    quantize(tiny_checkpoint, tmp_path / "out", recipe(calibration), observer=records)
+    for record in records.records:
+        assert record["held_out"][record["method"]] == min(record["held_out"].values())
+
+
+def test_one_sequence_cannot_be_held_out(tiny_checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    one = {"calibration": {"source": str(calibration), "samples": 1, "seq_len": 48}, "scheme": {"group_size": 32}}
+    with pytest.raises(RecipeError, match="one only"):
+        quantize(tiny_checkpoint, tmp_path / "out", Recipe.from_dict(one))
+    quantize(tiny_checkpoint, tmp_path / "out", Recipe.from_dict(one | {"method": "gptq"}))
+    verify_checkpoint(tmp_path / "out")
+
+
+def test_rounding_to_nearest_cannot_be_trained(tiny_checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="rtn reads no text"):
+        quantize(tiny_checkpoint, tmp_path / "out", recipe(calibration, method="rtn", preset="best"))

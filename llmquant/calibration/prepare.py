@@ -14,7 +14,7 @@ def prepare(recipe: Recipe, shell: Shell) -> Calibration:
     """Read, continue or tokenize the calibration text that `recipe` names.
 
     Raises:
-        CalibrationError: the text or the tokenizer does not fit the model.
+        CalibrationError: the text or the tokenizer does not fit the model, or is too little for the recipe.
     """
     wanted = recipe.calibration
     tokenizer = load_tokenizer(shell.source.root, trust_remote_code=shell.source.trust_remote_code)
@@ -29,7 +29,7 @@ def prepare(recipe: Recipe, shell: Shell) -> Calibration:
             model, tokenizer, documents, samples=wanted.samples, seq_len=wanted.seq_len, seed=recipe.seed
         )
         del model
-    return build(
+    calibration = build(
         documents,
         tokenizer,
         samples=wanted.samples,
@@ -37,3 +37,9 @@ def prepare(recipe: Recipe, shell: Shell) -> Calibration:
         vocab_size=shell.vocab_size,
         seed=recipe.seed,
     )
+    if calibration.sequences < 2 and (recipe.method == "auto" or recipe.solver.train):
+        raise CalibrationError(
+            "calibration: this recipe judges by sequences that it holds out, and there is one only; "
+            "give more text and samples, or --method gptq without training"
+        )
+    return calibration

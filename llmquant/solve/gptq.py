@@ -24,7 +24,7 @@ def group_order(importance: Tensor, width: int) -> Tensor:
     return inside[members.amax(1).argsort(descending=True, stable=True)].reshape(-1)
 
 
-def static_order(importance: Tensor, width: int) -> Tensor:  # noqa: ARG001
+def static_order(importance: Tensor, width: int) -> Tensor:
     """Columns by importance, wherever their group is: int64 [n]. All grids are chosen before the first column."""
     return importance.argsort(descending=True, stable=True)
 

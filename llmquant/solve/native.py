@@ -98,6 +98,6 @@ def _task(
     )
 
 
-def _expect(holds: bool, name: str) -> None:  # noqa: FBT001
+def _expect(holds: bool, name: str) -> None:
     if not holds:
         raise ValueError(f"{name}: not the dtype, shape or layout that the native loop needs")

@@ -20,7 +20,8 @@ from llmquant import plan as plan_module
 from llmquant.checkpoint import durable
 from llmquant.errors import LlmquantError
 from llmquant.manifest import LOG
-from llmquant.pipeline import Options, Silent, quantize
+from llmquant.observer import Silent
+from llmquant.pipeline import Options, quantize
 from llmquant.recipe import Recipe
 
 OPERATIONS = ("write_temp", "fsync", "replace", "append", "truncate", "remove", "make_directory")

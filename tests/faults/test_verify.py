@@ -97,9 +97,7 @@ def spoil(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
-@pytest.mark.parametrize(
-    ("value", "words"), [(float("nan"), "nan"), (float("inf"), "inf"), (0.0, "scale of zero")]
-)
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "nan"), (float("inf"), "inf"), (0.0, "scale of zero")])
 def test_scales_that_are_no_scales(damaged: Path, value: float, words: str) -> None:
     retensor(damaged, spoil(value))
     relist(damaged)

@@ -80,7 +80,8 @@ def test_search(scheme: Scheme, width: int, level: int, in_torch: None) -> None:
     scheme = Scheme(scheme.bits, -1, scheme.symmetric)
     W, _, _ = problem(96, 37)
     weight = torch.rand(96, generator=torch.Generator().manual_seed(0))
-    parts = [columns.search_columns(W[s : s + width], weight[s : s + width], width, scheme) for s in range(0, 96, width)]
+    groups = zip(W.split(width), weight.split(width), strict=True)
+    parts = [columns.search_columns(*group, width, scheme) for group in groups]
     expected = torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
     scales, zeros = torch.empty_like(expected[0]), torch.empty_like(expected[1])
     tried = grid.candidates(scheme)

@@ -113,9 +113,11 @@ def test_without_correlations_it_is_rounding_on_the_searched_grid() -> None:
 def test_dead_columns_are_rounded_not_destroyed() -> None:
     W, H = problem(8, 128)
     H[5], H[:, 5] = 0, 0
-    q, _ = solve(W, H, Scheme(4, 32))
-    assert torch.allclose(dequantize(q, Scheme(4, 32))[:, 5], W[:, 5], atol=float(q.scales.abs().max()) * 2)
-    assert relative_error(W, dequantize(q, Scheme(4, 32)), H) < relative_error(W, dequantize(quantize_rtn(W, Scheme(4, 32)), Scheme(4, 32)), H)
+    scheme = Scheme(4, 32)
+    q, _ = solve(W, H, scheme)
+    rtn = dequantize(quantize_rtn(W, scheme), scheme)
+    assert torch.allclose(dequantize(q, scheme)[:, 5], W[:, 5], atol=float(q.scales.abs().max()) * 2)
+    assert relative_error(W, dequantize(q, scheme), H) < relative_error(W, rtn, H)
 
 
 def test_no_activation_at_all_still_quantizes() -> None:

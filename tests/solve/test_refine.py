@@ -14,9 +14,7 @@ SCHEMES = [Scheme(4, g, symmetric) for g in (32, 64, -1) for symmetric in (True,
 
 def problem(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    X = torch.randn(4 * n, n, generator=generator) @ (
-        torch.eye(n) + 0.15 * torch.randn(n, n, generator=generator)
-    )
+    X = torch.randn(4 * n, n, generator=generator) @ (torch.eye(n) + 0.15 * torch.randn(n, n, generator=generator))
     return torch.randn(m, n, generator=generator) * 0.05, X.T @ X / len(X)
 
 
@@ -42,7 +40,7 @@ def test_refit_solves_the_least_squares_problem_of_each_row(scheme: Scheme) -> N
 
 @pytest.mark.parametrize("step", [refit_scales, descend], ids=["refit", "descent"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_no_row_gets_worse(step, scheme: Scheme) -> None:  # noqa: ANN001
+def test_no_row_gets_worse(step, scheme: Scheme) -> None:
     W, H = problem(16, 128)
     before = quantize_rtn(W, scheme)
     after = step(W, H, before, scheme)
