@@ -228,7 +228,7 @@ def test_what_auto_chose_is_on_record(tiny_checkpoint: Path, calibration: Path, 
 
 def test_one_sequence_cannot_be_held_out(tiny_checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
     one = {"calibration": {"source": str(calibration), "samples": 1, "seq_len": 48}, "scheme": {"group_size": 32}}
-    with pytest.raises(RecipeError, match="one only"):
+    with pytest.raises(CalibrationError, match="one only"):
         quantize(tiny_checkpoint, tmp_path / "out", Recipe.from_dict(one))
     quantize(tiny_checkpoint, tmp_path / "out", Recipe.from_dict(one | {"method": "gptq"}))
     verify_checkpoint(tmp_path / "out")

@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM
 from llmquant.calibration.batches import Calibration, build
 from llmquant.calibration.generate import continue_prompts
 from llmquant.calibration.sources import load_documents
+from llmquant.errors import CalibrationError
 from llmquant.model.shell import Shell
 from llmquant.model.tokenizer import load_tokenizer
 from llmquant.recipe import Recipe
