@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmquant.calibration.crossing import Crossing
-from llmquant.errors import NumericsError, OutputError, RecipeError, VerifyError
+from llmquant.errors import CalibrationError, NumericsError, OutputError, RecipeError, VerifyError
 from llmquant.evaluate.divergence import compare
 from llmquant.evaluate.perplexity import Protocol
 from llmquant.manifest import LOG, MANIFEST, is_sealed
