@@ -3,13 +3,13 @@
 checkpoint/   safetensors directories on disk: validated reads, atomic writes, journal
 model/        structure of an architecture; one layer in memory at a time
 calibration/  text in, token batches out; activations from layer to layer
-solve/        scales, Hessians, GPTQ: pure functions on tensors
+solve/        GPTQ, AWQ, refit, descent, training: pure functions on tensors
 formats/      packed layouts: compressed-tensors, GPTQ
 kernels/      INT4 matmul: the definition and the C++ path
 runtime/      a packed checkpoint as a transformers model
 evaluate/     perplexity, KL divergence, agreement
 
-plan.py decides everything, pipeline.py does it, verify.py proves it.
+plan.py decides everything, pipeline.py does it, unit by unit (unit.py), verify.py proves it.
 """
 
 from typing import Any

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from llmquant.errors import RecipeError
 
+MIN_SCALE = 2.0**-14  # of a grid, in magnitude: smallest normal fp16
+MAX_SCALE = 65280.0  # largest value exact in both fp16 and bf16
 BITS = (3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)  # -1: one group per row ("per channel")
 
@@ -59,7 +61,7 @@ class Quantized(NamedTuple):
     """A linear's weight in integers."""
 
     codes: Tensor  # uint8 [m, n]
-    scales: Tensor  # fp32 [m, G], each value exact in fp16 and in bf16
+    scales: Tensor  # fp32 [m, G], of either sign, each value exact in fp16 and in bf16
     zeros: Tensor  # uint8 [m, G]
 
 

@@ -66,11 +66,10 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 
 
 def planned(calibration: str, headline: int) -> Iterator[Run]:
-    for symmetric in (True, False):
-        scheme = {"group_size": 64, "symmetric": symmetric}
-        yield Run("headline", "rtn", {"method": "rtn", "scheme": scheme}, headline)
-        yield Run("headline", "default", {"scheme": scheme}, headline)
-        yield Run("headline", "best", {"preset": "best", "scheme": scheme}, headline)
+    for name, recipe in (("rtn", {"method": "rtn"}), ("default", {}), ("best", {"preset": "best"})):
+        for symmetric in (True, False):
+            scheme = {"group_size": 64, "symmetric": symmetric}
+            yield Run("headline", name, recipe | {"scheme": scheme}, headline)
     for name, step in STEPS:
         yield Run("ablation", name, step | {"scheme": {"group_size": 64}})
     for bits in BITS:

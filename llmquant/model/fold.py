@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from llmquant.model.shell import Shell
-from llmquant.scheme import Quantized
-
-SMALLEST, LARGEST = 2.0**-14, 65280.0  # of a quantization scale, as `solve.grid` has them
+from llmquant.scheme import MAX_SCALE, MIN_SCALE, Quantized
 
 
 class NormFold(NamedTuple):
@@ -51,7 +49,7 @@ class LinearFold(NamedTuple):
     def settle(self, s: Tensor) -> Tensor:
         """The scales for which every grid of the linear stays in range; fp32 [n]."""
         sizes = self.quantized.scales[-len(s) :].abs() / s.unsqueeze(1)
-        return torch.where(((sizes >= SMALLEST) & (sizes <= LARGEST)).all(1), s, 1.0)
+        return torch.where(((sizes >= MIN_SCALE) & (sizes <= MAX_SCALE)).all(1), s, 1.0)
 
     def apply(self, s: Tensor) -> tuple[Quantized, dict[str, Tensor]]:
         """The linear with its output divided by settled scales, and its bias, if it has one, as it is to be stored."""

@@ -116,10 +116,6 @@ class Shell:
     def stored_dtype(self, name: str) -> torch.dtype:
         return self.source.tensors[self.names[name]].dtype
 
-    def weight(self, linear: str) -> Tensor:
-        """A filled linear's weight, [m, n] in the compute dtype."""
-        return self._tensor(f"{linear}.weight")
-
     def set_weight(self, linear: str, weight: Tensor) -> None:
         """Put a (dequantized) weight [m, n] in the place of a filled linear's."""
         self.set_tensor(f"{linear}.weight", weight)

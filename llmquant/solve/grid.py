@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import NumericsError, RecipeError
-from llmquant.scheme import Quantized, Scheme
+from llmquant.scheme import MAX_SCALE, MIN_SCALE, Quantized, Scheme
 
-MIN_SCALE = 2.0**-14  # smallest normal fp16
-MAX_SCALE = 65280.0  # largest value exact in both fp16 and bf16
 SEARCH_CHUNK = 1 << 18  # weights per pass of the search: the working set stays in cache
 
 # What the search tries: each end of the group's range shrunk to these fractions of itself. A symmetric grid keeps the

@@ -6,9 +6,9 @@ Both lower the loss of each row, tr(E H E^T) with E = W - Q, or leave the row as
 import torch
 from torch import Tensor
 
-from llmquant.scheme import Quantized, Scheme, dequantize
+from llmquant.scheme import MIN_SCALE, Quantized, Scheme, dequantize
 from llmquant.solve.columns import BLOCK, descend_columns
-from llmquant.solve.grid import MIN_SCALE, representable
+from llmquant.solve.grid import representable
 
 RIDGE = 1e-6  # of the mean diagonal of the normal equations: keeps an all-zero group solvable
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llmquant.errors import NumericsError, RecipeError
-from llmquant.scheme import GROUP_SIZES, Scheme, dequantize
-from llmquant.solve.grid import MIN_SCALE, encode, minmax_grid, search_grid
+from llmquant.scheme import GROUP_SIZES, MIN_SCALE, Scheme, dequantize
+from llmquant.solve.grid import encode, minmax_grid, search_grid
 
 SCHEMES = [Scheme(bits, g, symmetric) for bits in (3, 4, 8) for g in GROUP_SIZES for symmetric in (True, False)]
 
