@@ -13,8 +13,9 @@ from llmquant.scheme import Scheme, dequantize
 from llmquant.solve.moments import energy
 from llmquant.solve.rtn import quantize_rtn
 
-POWERS = torch.linspace(0.0, 1.0, 11)
-SAMPLED_ROWS = 256  # of the stacked weight: all rows share the scales
+POWERS = torch.linspace(0.0, 1.0, 8)
+WORTH_IT = 0.95  # of the loss without scales: a smaller gain does not outlive what comes after it
+SAMPLED_ROWS = 128  # of the stacked weight: all rows share the scales
 
 Loss = Callable[[Tensor], float]  # of the weight that takes the place of W, [m, n]
 
@@ -33,9 +34,9 @@ def search_scales(W: Tensor, H: Tensor, scheme: Scheme, settle: Callable[[Tensor
     wanted += [powers_of_two(activations**a / magnitudes.clamp(min=1e-6) ** (1 - a)) for a in POWERS]
     tried = torch.unique(torch.stack([settle(s) for s in wanted]), dim=0)
     ones = torch.ones_like(activations)
-    losses = [(loss(rounded(W, s, scheme)), i) for i, s in enumerate((ones, *tried))]
-    best = min(losses)[1]
-    return ones if best == 0 else tried[best - 1]
+    losses = torch.tensor([loss(rounded(W, s, scheme)) for s in tried])
+    least = losses.argmin()
+    return tried[least] if losses[least] < WORTH_IT * loss(rounded(W, ones, scheme)) else ones
 
 
 def sampled(W: Tensor) -> Tensor:

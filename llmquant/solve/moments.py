@@ -9,11 +9,16 @@ from torch import Tensor
 
 from llmquant.errors import NumericsError
 
+HELD_TOKENS = 1024  # enough to rank by; spread over all that were held out
 STRIP = 512  # columns of H computed together, from the diagonal on: what is below it follows by symmetry
 
 
 class Moments:
-    """Running sums over the tokens that count, fp32 [n, n]; and tokens that are held out of them."""
+    """Running sums over the tokens that count, fp32 [n, n]; and tokens that are held out of them.
+
+    A batch's products are in the precision of its activations. In bf16 that rounds each entry of them by 2^-9 at most,
+    at random: far below what a few thousand tokens leave open about it, and twice to four times as fast.
+    """
 
     def __init__(self, n: int, device: torch.device | str = "cpu", *, compared: bool = False) -> None:
         self._H = torch.zeros(n, n, device=device)
@@ -26,11 +31,11 @@ class Moments:
 
         `original` [..., n] are the same tokens in the original model; without them, X is X^.
         """
-        x, original = _flat(x, mask).float(), None if original is None else _flat(original, mask).float()
+        x, original = _flat(x, mask), None if original is None else _flat(original, mask)
         for start in range(0, x.shape[1], STRIP):
-            self._H[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].T, x[:, start:])
+            self._H[start : start + STRIP, start:] += x[:, start : start + STRIP].T @ x[:, start:]
         if self._D is not None and original is not None:
-            self._D.addmm_((original - x).T, x)
+            self._D += (original - x).T @ x
         self.tokens += x.shape[0]
 
     def hold_out(self, x: Tensor, mask: Tensor | None = None, original: Tensor | None = None) -> None:
@@ -57,7 +62,11 @@ class Moments:
 
     def held_out(self) -> tuple[Tensor, Tensor] | None:
         """The tokens held out, X^ and X, [k, n] each; None if there are none."""
-        return tuple(map(torch.cat, zip(*self._held, strict=True))) if self._held else None  # type: ignore[return-value]
+        if not self._held:
+            return None
+        x, original = (torch.cat(part) for part in zip(*self._held, strict=True))
+        step = -(-len(x) // HELD_TOKENS)
+        return x[::step], original[::step]
 
 
 def _flat(x: Tensor, mask: Tensor | None) -> Tensor:

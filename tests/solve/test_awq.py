@@ -33,7 +33,7 @@ def test_the_search_finds_the_best_of_what_it_tries() -> None:
 
     s = search_scales(p.W, p.H, p.scheme, settle, gram_loss(p.W, p.H))
     losses = [energy(p.W - rounded(p.W, other, p.scheme), p.H) for other in (torch.ones(128), *tried)]
-    assert energy(p.W - rounded(p.W, s, p.scheme), p.H) == pytest.approx(min(losses), rel=1e-6)
+    assert energy(p.W - rounded(p.W, s, p.scheme), p.H) == pytest.approx(min(losses), rel=1e-5)
     assert min(losses) < 0.8 * losses[0]
 
 
