@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmquant.errors import NumericsError
 
-HELD_TOKENS = 1024  # enough to rank by; spread over all that were held out
+HELD_TOKENS = 512  # enough to rank by; spread over all that were held out
 STRIP = 512  # columns of H computed together, from the diagonal on: what is below it follows by symmetry
 
 
@@ -71,7 +71,7 @@ class Moments:
 
 def _flat(x: Tensor, mask: Tensor | None) -> Tensor:
     x = x.reshape(-1, x.shape[-1])
-    return x if mask is None else x[mask.reshape(-1)]
+    return x if mask is None or bool(mask.all()) else x[mask.reshape(-1)]
 
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
