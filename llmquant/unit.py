@@ -22,7 +22,7 @@ from llmquant.model.shell import Shell
 from llmquant.observer import Observer
 from llmquant.plan import Plan, Stack, Unit
 from llmquant.scheme import Quantized, Scheme, dequantize
-from llmquant.solve.awq import Loss, sampled
+from llmquant.solve.awq import SAMPLED_ROWS, Loss, sampled
 from llmquant.solve.methods import METHODS, Choices, Problem, Solution
 from llmquant.solve.moments import Moments, relative_error
 from llmquant.solve.train import token_loss, train_rounding
@@ -256,7 +256,7 @@ class _Work:
 def _record(name: str, scheme: Scheme, solution: Solution, W: Tensor, Q: Tensor, H: Tensor | None) -> dict[str, Any]:
     """What the run log says of a linear. Without activations the error is that of the weight itself."""
     weight_error = lambda: float((W - Q).square().sum() / W.square().sum().clamp(min=1e-30))  # noqa: E731
-    error = weight_error() if H is None else relative_error(sampled(W), sampled(Q), H)
+    error = weight_error() if H is None else relative_error(sampled(W, SAMPLED_ROWS), sampled(Q, SAMPLED_ROWS), H)
     record = {"module": name, "method": solution.method, "scheme": str(scheme), "error": error}
     record |= {"damping": solution.damping, "rung": solution.rung, "scaled": solution.fold is not None}
     return record if solution.held_out is None else record | {"held_out": solution.held_out}

@@ -15,7 +15,7 @@ from llmquant.solve.rtn import quantize_rtn
 
 POWERS = torch.linspace(0.0, 1.0, 6)
 WORTH_IT = 0.8  # of the loss without scales: GPTQ makes up for most of a smaller gain by itself
-SAMPLED_ROWS = 128  # of the stacked weight: all rows share the scales
+SAMPLED_ROWS = 128  # of the stacked weight, on which scales are compared: all rows share them
 
 Loss = Callable[[Tensor], float]  # of the weight that takes the place of W, [m, n]
 
@@ -39,9 +39,9 @@ def search_scales(W: Tensor, H: Tensor, scheme: Scheme, settle: Callable[[Tensor
     return tried[least] if losses[least] < WORTH_IT * loss(rounded(W, ones, scheme)) else ones
 
 
-def sampled(W: Tensor) -> Tensor:
-    """Rows spread over the weight: enough for the Gram form to choose scales by."""
-    return W[:: -(-len(W) // SAMPLED_ROWS)]
+def sampled(W: Tensor, rows: int) -> Tensor:
+    """At most so many rows, spread over the weight."""
+    return W[:: -(-len(W) // rows)]
 
 
 def gram_loss(W: Tensor, H: Tensor) -> Loss:

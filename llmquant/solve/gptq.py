@@ -39,8 +39,8 @@ def corrected(W: Tensor, D: Tensor, factor: Factor, alpha: float) -> Tensor:
     ||X W^T - X^ Q^T||^2 = ||X^ (W* - Q)^T||^2 + const at alpha = 1 and lambda = 0; a smaller alpha fits less of what
     only the calibration text has. (QEP.)
     """
-    change = D[:, factor.order] @ factor.U.T @ factor.U
-    return W.index_add(1, factor.order, W @ change, alpha=alpha)
+    change = torch.linalg.multi_dot([W, D[:, factor.order], factor.U.T, factor.U])
+    return W.index_add(1, factor.order, change, alpha=alpha)
 
 
 def quantize_gptq(W: Tensor, factor: Factor, weight: Tensor, scheme: Scheme) -> Quantized:

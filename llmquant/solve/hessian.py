@@ -10,6 +10,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # lambda as a fraction of mean(diag H), where nothing else is said
 RUNGS = (1.0, 10.0, 100.0)  # and what it is multiplied by until the factorization succeeds
+LEAF = 128  # rows of a triangle that is inverted by substitution; a larger one is halved first
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,24 @@ def _reverse_cholesky_inverse(H: Tensor) -> Tensor | None:
     """U = R^-1 where H = R R^T and R is upper triangular; None if H is not positive definite.
 
     R comes from the Cholesky factor of H with rows and columns reversed. One factorization and one
-    triangular solve; H^-1 itself, which would square the rounding, is never formed.
+    triangular inverse; H^-1 itself, which would square the rounding, is never formed.
     """
     L, info = torch.linalg.cholesky_ex(H.flip(0, 1))
     if int(info):
         return None
-    R = L.flip(0, 1)
-    U = torch.linalg.solve_triangular(R, torch.eye(H.shape[0], dtype=H.dtype, device=H.device), upper=True)
+    U = torch.zeros_like(H)
+    _invert_upper(L.flip(0, 1), U)
     return U if bool(torch.isfinite(U).all()) else None
+
+
+def _invert_upper(R: Tensor, U: Tensor) -> None:
+    """U = R^-1 by halves, [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]]: a third of the work of solving
+    R U = I, nearly all of it in matrix products. `U` comes filled with zeros."""
+    n = len(R)
+    if n <= LEAF:
+        U.copy_(torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True))
+        return
+    half = n // 2
+    _invert_upper(R[:half, :half], U[:half, :half])
+    _invert_upper(R[half:, half:], U[half:, half:])
+    U[:half, half:] = (U[:half, :half] @ R[:half, half:] @ U[half:, half:]).neg_()

@@ -1,4 +1,4 @@
-"""The methods by name: each takes one stacked problem to its integers, and `auto` the best of them."""
+"""The methods by name: each takes rows of one stacked problem to their integers, and `auto` the best of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from llmquant.errors import RecipeError
 from llmquant.scheme import Quantized, Scheme, dequantize
-from llmquant.solve.awq import Loss, gram_loss, sampled, search_scales
+from llmquant.solve.awq import SAMPLED_ROWS, Loss, gram_loss, sampled, search_scales
 from llmquant.solve.columns import search_columns
 from llmquant.solve.gptq import ORDERS, corrected, quantize_gptq
 from llmquant.solve.grid import encode
 from llmquant.solve.hessian import DAMPING, Factor, inverse_factor
 from llmquant.solve.refine import refine
 from llmquant.solve.rtn import quantize_rtn
+
+TRIAL_ROWS = 256  # of the stacked weight, on which the candidates are compared
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ class Problem:
         return factorize(self.known, self.scheme, self.choices)
 
     @cached_property
+    def scaled(self) -> tuple[Tensor, Factor]:
+        """H of the input divided by AWQ's scales, S^-1 H S^-1, and its factor; without scales, those of H."""
+        if self.scales is None:
+            return self.known, self.factor
+        H = self.known / self.scales.unsqueeze(1) / self.scales
+        return H, factorize(H, self.scheme, self.choices)
+
+    @cached_property
     def target(self) -> Tensor:
         """The weight to aim at: W, or W* where the original model's inputs are known."""
         if self.D is None or self.choices.correction == 0.0:
@@ -74,7 +84,7 @@ class Problem:
         """AWQ's column scales, fp32 [n]; None where none can be folded, or none helps."""
         if self.settle is None:
             return None
-        W = self.target if self.awq_loss else sampled(self.target)
+        W = self.target if self.awq_loss else sampled(self.target, SAMPLED_ROWS)
         loss = self.awq_loss or gram_loss(W, self.known)
         s = search_scales(W, self.known, self.scheme, self.settle, loss)
         return None if bool((s == 1.0).all()) else s
@@ -110,60 +120,57 @@ def factorize(H: Tensor, scheme: Scheme, choices: Choices) -> Factor:
     return inverse_factor(H, order, grouped=choices.order == "group", damping=choices.damping)
 
 
-def rtn(problem: Problem) -> Solution:
-    return Solution(quantize_rtn(problem.W, problem.scheme), "rtn")
+def rtn(problem: Problem, W: Tensor) -> Solution:
+    return Solution(quantize_rtn(W, problem.scheme), "rtn")
 
 
-def awq(problem: Problem) -> Solution:
+def awq(problem: Problem, W: Tensor) -> Solution:
     """Scaled columns, each group's range clipped by the weighted search, and round to nearest."""
     s, H = problem.scales, problem.known
-    W = problem.target if s is None else problem.target * s
     weight = H.diagonal() if s is None else H.diagonal() / s.square()
-    width = problem.scheme.width(W.shape[1])
-    scales, zeros = search_columns(W.T.contiguous(), floored(weight, DAMPING), width, problem.scheme)
+    W = W if s is None else W * s
+    scales, zeros = search_columns(
+        W.T.contiguous(), floored(weight, DAMPING), problem.scheme.width(len(H)), problem.scheme
+    )
     grids = scales.T.contiguous(), zeros.T.to(torch.uint8).contiguous()
     return Solution(encode(W, *grids, problem.scheme), "awq", s)
 
 
-def gptq(problem: Problem) -> Solution:
-    return _gptq(problem, problem.target, problem.known, problem.factor, None, "gptq")
+def gptq(problem: Problem, W: Tensor) -> Solution:
+    return _gptq(problem, W, problem.known, problem.factor)._replace(method="gptq")
 
 
-def awq_gptq(problem: Problem) -> Solution:
-    """GPTQ on the scaled columns: W S against S^-1 H S^-1."""
+def awq_gptq(problem: Problem, W: Tensor) -> Solution:
+    """GPTQ on the scaled columns."""
     s = problem.scales
-    if s is None:
-        return gptq(problem)._replace(method="awq+gptq")
-    H = problem.known / s.unsqueeze(1) / s
-    factor = factorize(H, problem.scheme, problem.choices)
-    return _gptq(problem, problem.target * s, H, factor, s, "awq+gptq")
+    return _gptq(problem, W if s is None else W * s, *problem.scaled)._replace(method="awq+gptq", fold=s)
 
 
-def _gptq(problem: Problem, W: Tensor, H: Tensor, factor: Factor, s: Tensor | None, method: str) -> Solution:
+def _gptq(problem: Problem, W: Tensor, H: Tensor, factor: Factor) -> Solution:
     if problem.choices.weight == "pivot":
         weight = torch.empty_like(H.diagonal()).index_copy_(0, factor.order, factor.U.diagonal().square().reciprocal())
     else:
         weight = floored(H.diagonal(), factor.damping)
     q = quantize_gptq(W, factor, weight, problem.scheme)
     q = refine(W, H, q, problem.scheme, problem.choices.refine)
-    return Solution(q, method, s, factor.damping, factor.rung)
+    return Solution(q, "gptq", damping=factor.damping, rung=factor.rung)
 
 
-def auto(problem: Problem) -> Solution:
-    """The candidate with the smallest output error on the tokens that were held out.
+def auto(problem: Problem, W: Tensor) -> Solution:
+    """The candidate with the smallest output error on the tokens that were held out, judged by a sample of the rows.
 
     Raises:
         RecipeError: none were.
     """
     if problem.held_out is None:
         raise RecipeError("method: auto compares on calibration sequences held out, and there is one only; add samples")
-    candidates = [gptq(problem), awq(problem)]
+    candidates = {"gptq": gptq, "awq": awq}
     if problem.scales is not None:
-        candidates.append(awq_gptq(problem))
-    error = held_out_error(problem.W, *problem.held_out)
-    errors = {c.method: error(c.weight(problem.scheme)) for c in candidates}
-    best = min(candidates, key=lambda c: errors[c.method])
-    return best._replace(held_out=errors)
+        candidates["awq+gptq"] = awq_gptq
+    trial, error = sampled(W, TRIAL_ROWS), held_out_error(sampled(problem.W, TRIAL_ROWS), *problem.held_out)
+    errors = {name: error(solve(problem, trial).weight(problem.scheme)) for name, solve in candidates.items()}
+    best = min(errors, key=errors.__getitem__)
+    return candidates[best](problem, W)._replace(held_out=errors)
 
 
 def held_out_error(W: Tensor, x: Tensor, original: Tensor) -> Callable[[Tensor], float]:
@@ -184,7 +191,10 @@ def floored(weight: Tensor, damping: float) -> Tensor:
 
 class Method(NamedTuple):
     calibrated: bool
-    solve: Callable[[Problem], Solution]
+    rows: Callable[[Problem, Tensor], Solution]  # of any rows of the problem's target: rows are independent
+
+    def solve(self, problem: Problem) -> Solution:
+        return self.rows(problem, problem.target)
 
 
 METHODS = {

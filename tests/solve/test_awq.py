@@ -6,7 +6,7 @@ import torch
 from llmquant.errors import RecipeError
 from llmquant.scheme import GROUP_SIZES, Scheme, dequantize
 from llmquant.solve.awq import gram_loss, powers_of_two, rounded, search_scales
-from llmquant.solve.methods import METHODS, Choices, Problem, auto, held_out_error
+from llmquant.solve.methods import METHODS, Choices, Problem, held_out_error
 from llmquant.solve.moments import energy, relative_error
 from llmquant.solve.rtn import quantize_rtn
 
@@ -77,14 +77,14 @@ def test_scales_bring_gptq_closer_where_a_few_columns_carry_all() -> None:
 
 def test_auto_takes_the_least_error_on_tokens_that_no_solver_saw() -> None:
     p = problem(held=True)
-    best = auto(p)
+    best = METHODS["auto"].solve(p)
     error = held_out_error(p.W, *p.held_out)
     for method in ("awq", "gptq", "awq+gptq"):
         solution = METHODS[method].solve(p)
         assert best.held_out[method] == pytest.approx(error(solution.weight(p.scheme)), rel=1e-5)
     assert best.held_out[best.method] == min(best.held_out.values())
     with pytest.raises(RecipeError, match="add samples"):
-        auto(problem())
+        METHODS["auto"].solve(problem())
 
 
 def test_held_out_error_is_that_of_the_outputs() -> None:
