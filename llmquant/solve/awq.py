@@ -15,7 +15,7 @@ from llmquant.solve.rtn import quantize_rtn
 
 POWERS = torch.linspace(0.0, 1.0, 6)
 WORTH_IT = 0.8  # of the loss without scales: GPTQ makes up for most of a smaller gain by itself
-SAMPLED_ROWS = 128  # of the stacked weight, on which scales are compared: all rows share them
+SAMPLED_ROWS = 64  # of the stacked weight, on which scales are compared: all rows share them
 
 Loss = Callable[[Tensor], float]  # of the weight that takes the place of W, [m, n]
 
