@@ -1,6 +1,6 @@
 """The solver's inner loops, native against their definition in torch: seconds and ratios, both in one run.
 
-python scripts/bench_solve.py [--json FILE]
+    python scripts/bench_solve.py [--json FILE]
 """
 
 import argparse
@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmquant.native import describe_backend
 from llmquant.scheme import Scheme
 from llmquant.solve import columns
 from llmquant.solve.gptq import group_order, quantize_gptq
 from llmquant.solve.hessian import inverse_factor
-from llmquant.solve.refine import descend
 
 SHAPES = ((3072, 576), (576, 1536), (4096, 4096))  # (m, n): SmolLM2's gate and up, its down, one of Llama's
 SCHEME = Scheme(4, 64)
 REPEATS = 5
 
 
-def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Median of some runs, after one to warm up."""
+def seconds(work: Callable[[], Any], prepare: Callable[[], Any], repeats: int) -> float:
+    """Median of some runs, after one to warm up; what `prepare` takes does not count."""
     times = []
     for _ in range(repeats + 1):
+        prepare()
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
@@ -36,38 +37,40 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def measure(m: int, n: int) -> dict[str, tuple[float, float]]:
-    """Seconds of each step, in torch and native."""
+    """Seconds of each loop over all blocks of a weight, in torch and native. What is between the blocks is a matrix
+    product either way, and only in the last line."""
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(2 * n, n, generator=generator) * (0.5 + torch.rand(n, generator=generator))
     W, H = torch.randn(m, n, generator=generator) * 0.05, X.T @ X / len(X)
-    factor = inverse_factor(H, group_order(H.diagonal(), 64), grouped=True)
-    columns_of = W.T[factor.order].contiguous()
-    scales, zeros = columns.search_columns(columns_of, torch.ones(n), 64, SCHEME)
-    codes = torch.empty(columns_of.shape, dtype=torch.uint8)
-    q = quantize_gptq(W, factor, H.diagonal(), SCHEME)
+    factor = inverse_factor(H, group_order(H.diagonal(), SCHEME.group_size), grouped=True)
+    ordered = W.T[factor.order].contiguous()
+    scales, zeros = columns.search_columns(ordered, torch.ones(n), SCHEME.group_size, SCHEME)
+    work, codes = torch.empty_like(ordered), torch.zeros(ordered.shape, dtype=torch.uint8)
+    blocks = [slice(start, min(start + columns.BLOCK, n)) for start in range(0, n, columns.BLOCK)]
+    groups = [slice(block.start // SCHEME.group_size, -(-block.stop // SCHEME.group_size)) for block in blocks]
 
-    def column_loop() -> None:
-        rest = columns_of.clone()
-        for start in range(0, n, columns.BLOCK):
-            end = min(start + columns.BLOCK, n)
-            grids = scales[start // 64 : end // 64], zeros[start // 64 : end // 64]
-            columns.round_columns(
-                rest[start:end], factor.U[start:, start:], *grids, codes[start:end], 64, SCHEME, search=False
-            )
+    def loop(step: Callable[..., Any], matrix: Tensor, **options: Any) -> Callable[[], None]:
+        def run() -> None:
+            for block, own in zip(blocks, groups, strict=True):
+                task = work[block], matrix[block.start :, block.start :], scales[own], zeros[own], codes[block]
+                step(*task, SCHEME.group_size, SCHEME, **options)
+
+        return run
 
     steps: dict[str, Callable[[], Any]] = {
-        "column loop": column_loop,
-        "weighted scale search": lambda: columns.search_columns(columns_of, H.diagonal(), 64, SCHEME),
-        "GPTQ, grids chosen in the loop": lambda: quantize_gptq(W, factor, H.diagonal(), SCHEME),
-        "coordinate descent": lambda: descend(W, H, q, SCHEME),
+        "weighted scale search": lambda: columns.search_columns(ordered, H.diagonal(), SCHEME.group_size, SCHEME),
+        "column loop, grids given": loop(columns.round_columns, factor.U, search=False),
+        "column loop, grids searched in it": loop(columns.round_columns, factor.U, search=True),
+        "coordinate descent": loop(columns.descend_columns, H),
+        "GPTQ as a whole": lambda: quantize_gptq(W, factor, H.diagonal(), SCHEME),
     }
     found = {}
-    native = columns._library
+    library = columns._library
     for name, step in steps.items():
-        own = seconds(step, REPEATS)
-        columns._library = lambda work: None
-        slow = seconds(step, 1)
-        columns._library = native
+        own = seconds(step, lambda: work.copy_(ordered), REPEATS)
+        columns._library = lambda _: None
+        slow = seconds(step, lambda: work.copy_(ordered), 1)
+        columns._library = library
         found[name] = (slow, own)
     return found
 
@@ -77,11 +80,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print(f"{describe_backend()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'rows x columns':>14}  {'step':32}{'torch':>10}{'native':>10}{'ratio':>8}")
+    print(f"{'rows x columns':>14}  {'step':34}{'torch':>10}{'native':>10}{'ratio':>8}")
     results = []
     for m, n in SHAPES:
         for step, (slow, own) in measure(m, n).items():
-            print(f"{m:>7}x{n:<6}  {step:32}{slow:>9.3f}s{own:>9.4f}s{slow / own:>7.0f}x", flush=True)
+            print(f"{m:>7}x{n:<6}  {step:34}{slow:>9.3f}s{own:>9.4f}s{slow / own:>7.0f}x", flush=True)
             results.append({"rows": m, "columns": n, "step": step, "torch": slow, "native": own})
     if args.json:
         args.json.write_text(json.dumps({"backend": describe_backend(), "results": results}, indent=1) + "\n")

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t WIDTH = 2;  // vectors of rows in a tile
 constexpr int64_t ROWS = WIDTH * LANES;
-constexpr int64_t STRIP = 8;  // columns whose errors reach the later columns together, one load and store for all
+constexpr int64_t STRIP = 4;  // columns whose errors reach the later columns together, one load and store for all
 constexpr int64_t BLOCK = LLMQUANT_BLOCK;
 
 constexpr float SMALLEST_SCALE = 1.0f / 16384;  // the smallest normal fp16
@@ -58,50 +58,61 @@ Grid grid_over(const LlmquantColumns& task, Float low, Float high, const Llmquan
     return Grid(scale * candidate.sign, all(middle), top);
 }
 
-// The loss of rounding `width` columns one after the other on one grid: the sum of squared normalised errors.
-Float loss_of(const LlmquantColumns& task, const Float (*columns)[WIDTH], int64_t v, int64_t first, int64_t width,
-              const Grid& grid) {
-    Float rest[BLOCK];
-    for (int64_t j = 0; j < width; ++j) rest[j] = columns[first + j][v];
-    Float loss = {};
+// The loss of rounding `width` columns one after the other, each vector of rows on its grid: the sum of squared
+// normalised errors.
+void losses_of(const LlmquantColumns& task, const Float (*columns)[WIDTH], int64_t first, int64_t width,
+               const Grid* grids, Float* losses) {
+    Float rest[BLOCK][WIDTH];
+    for (int64_t v = 0; v < WIDTH; ++v) losses[v] = all(0);
+    for (int64_t j = 0; j < width; ++j)
+        for (int64_t v = 0; v < WIDTH; ++v) rest[j][v] = columns[first + j][v];
     for (int64_t strip = 0; strip < width; strip += STRIP) {
-        Float errors[STRIP];
+        Float errors[STRIP][WIDTH];
         for (int64_t j = 0; j < STRIP; ++j) {
             const float* row = task.matrix + (first + strip + j) * task.stride + first + strip;
-            const Float x = rest[strip + j];
-            errors[j] = (x - grid.scale * grid.integer(x)) * task.pivots[first + strip + j];
-            loss += errors[j] * errors[j];
-            for (int64_t l = j + 1; l < STRIP; ++l) rest[strip + l] -= errors[j] * row[l];
+            for (int64_t v = 0; v < WIDTH; ++v) {
+                const Float x = rest[strip + j][v];
+                errors[j][v] = (x - grids[v].scale * grids[v].integer(x)) * task.pivots[first + strip + j];
+                losses[v] += errors[j][v] * errors[j][v];
+            }
+            for (int64_t l = j + 1; l < STRIP; ++l)
+                for (int64_t v = 0; v < WIDTH; ++v) rest[strip + l][v] -= errors[j][v] * row[l];
         }
         for (int64_t l = strip + STRIP; l < width; ++l) {
             const float* column = task.matrix + (first + strip) * task.stride + first + l;
-            Float x = rest[l];
-            for (int64_t j = 0; j < STRIP; ++j) x -= errors[j] * column[j * task.stride];
-            rest[l] = x;
+            Float x[WIDTH];
+            for (int64_t v = 0; v < WIDTH; ++v) x[v] = rest[l][v];
+            for (int64_t j = 0; j < STRIP; ++j)
+                for (int64_t v = 0; v < WIDTH; ++v) x[v] -= errors[j][v] * column[j * task.stride];
+            for (int64_t v = 0; v < WIDTH; ++v) rest[l][v] = x[v];
         }
     }
-    return loss;
 }
 
-Grid best_grid(const LlmquantColumns& task, const Float (*columns)[WIDTH], int64_t v, int64_t first, int64_t width) {
-    Float low = {}, high = {};
-    for (int64_t j = 0; j < width; ++j) {
-        low = smaller(low, columns[first + j][v]);
-        high = larger(high, columns[first + j][v]);
-    }
-    Grid best;
-    Float least = all(__builtin_huge_valf());
+// The best of the candidates for each row.
+void search_grid(const LlmquantColumns& task, const Float (*columns)[WIDTH], int64_t first, int64_t width,
+                 Grid* best) {
+    Float low[WIDTH] = {}, high[WIDTH] = {}, least[WIDTH];
+    for (int64_t j = 0; j < width; ++j)
+        for (int64_t v = 0; v < WIDTH; ++v) {
+            low[v] = smaller(low[v], columns[first + j][v]);
+            high[v] = larger(high[v], columns[first + j][v]);
+        }
+    for (int64_t v = 0; v < WIDTH; ++v) least[v] = all(__builtin_huge_valf());
     for (int64_t c = 0; c < task.candidate_count; ++c) {
-        const Grid grid = grid_over(task, low, high, task.candidates[c]);
-        const Float loss = loss_of(task, columns, v, first, width, grid);
-        const Int better = loss < least;
-        least = better ? loss : least;
-        best.scale = better ? grid.scale : best.scale;
-        best.inverse = better ? grid.inverse : best.inverse;
-        best.low = better ? grid.low : best.low;
-        best.high = better ? grid.high : best.high;
+        Grid grids[WIDTH];
+        Float losses[WIDTH];
+        for (int64_t v = 0; v < WIDTH; ++v) grids[v] = grid_over(task, low[v], high[v], task.candidates[c]);
+        losses_of(task, columns, first, width, grids, losses);
+        for (int64_t v = 0; v < WIDTH; ++v) {
+            const Int better = losses[v] < least[v];
+            least[v] = better ? losses[v] : least[v];
+            best[v].scale = better ? grids[v].scale : best[v].scale;
+            best[v].inverse = better ? grids[v].inverse : best[v].inverse;
+            best[v].low = better ? grids[v].low : best[v].low;
+            best[v].high = better ? grids[v].high : best[v].high;
+        }
     }
-    return best;
 }
 
 // `count` rows from `first` on; the lanes after them are idle and hold zeros.
@@ -150,8 +161,8 @@ class Tile {
         float* zeros = task.zeros + j / task.group * task.rows + row;
         Float scale[WIDTH], zero[WIDTH];
         if (task.candidate_count) {
+            search_grid(task, columns, j, min(task.group, task.columns - j), grids);
             for (int64_t v = 0; v < WIDTH; ++v) {
-                grids[v] = best_grid(task, columns, v, j, min(task.group, task.columns - j));
                 scale[v] = grids[v].scale;
                 zero[v] = -grids[v].low;
             }
