@@ -83,19 +83,18 @@ def planned(calibration: str, headline: int) -> Iterator[Run]:
 
 
 class Reference:
-    """The original model on one text: its logits are computed once and kept."""
+    """The original model on one text: its log-probabilities are computed once and kept."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
         self.ids = ids
-        self.logits = [_logits(model, window) for window in ids]
+        self.logp = [_logp(model, window) for window in ids]
 
     def measure(self, model: PreTrainedModel, count: int) -> dict[str, float]:
         """Perplexity, mean KL(original || model) in nats and top-1 agreement over the first `count` windows."""
         nll, kl, same = [], [], []
-        for window, reference in zip(self.ids[:count], self.logits, strict=False):
-            logits, after = _logits(model, window), window[1:, None]
-            for own, other, next_token in zip(*(t.split(256) for t in (logits, reference, after)), strict=True):
-                logq, logp = own.float().log_softmax(-1), other.float().log_softmax(-1)
+        for window, reference in zip(self.ids[:count], self.logp, strict=False):
+            own, after = _logp(model, window), window[1:, None]
+            for logq, logp, next_token in zip(*(t.split(256) for t in (own, reference, after)), strict=True):
                 nll.append(-logq.gather(1, next_token).squeeze(1))
                 kl.append((logp.exp() * (logp - logq)).sum(-1))
                 same.append((logq.argmax(-1) == logp.argmax(-1)).float())
@@ -106,16 +105,13 @@ class Reference:
         }
 
     def perplexity(self) -> float:
-        losses = [
-            torch.nn.functional.cross_entropy(logits.float(), window[1:])
-            for window, logits in zip(self.ids, self.logits, strict=True)
-        ]
-        return math.exp(sum(map(float, losses)) / len(losses))
+        nll = [-logp.gather(1, window[1:, None]) for window, logp in zip(self.ids, self.logp, strict=True)]
+        return math.exp(torch.cat(nll).double().mean())
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+def _logp(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
 
 
 def perform(run: Run, args: argparse.Namespace, references: dict[str, Reference]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The solver's inner loops, native against their definition in torch: seconds and ratios, both in one run.
 
-    python scripts/bench_solve.py [--json FILE]
+python scripts/bench_solve.py [--json FILE]
 """
 
 import argparse
