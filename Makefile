@@ -59,8 +59,9 @@ lint: $(READY) ## style, types, import direction, sizes
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_sizes.py
 
-bench: $(READY) ## every scripts/bench_*.py
-	$(foreach script,$(sort $(wildcard scripts/bench_*.py)),$(BIN)/python $(script) &&) true
+bench: $(READY) ## the loops and the memory; for accuracy, which takes hours and texts, see docs/accuracy.md
+	$(BIN)/python scripts/bench_solve.py
+	$(BIN)/python scripts/bench_memory.py
 
 clean: ## what was built, not .venv and not the model
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .cache/demo

@@ -127,7 +127,7 @@ def perform(run: Run, args: argparse.Namespace, references: dict[str, Reference]
         model = load(out, torch.float32)
     first, *far = references
     found = {first: references[first].measure(model, run.windows or args.windows)}
-    if recipe.scheme.bits == 4 and recipe.scheme.group_size == 64:
+    if run.section == "methods" and recipe.scheme.bits == 4 and recipe.scheme.group_size == 64:
         found |= {name: references[name].measure(model, FAR_WINDOWS) for name in far}
     return {
         "section": run.section,

@@ -1,6 +1,7 @@
-"""Trained rounding: signed gradients move codes and scales towards the layer's output in the original model.
+"""Trained rounding: gradients move codes and scales towards the layer's output in the original model.
 
-(SignRound, Cheng et al., arXiv 2309.05516, whose V it is; started here from codes that are solved.)
+(After SignRound, Cheng et al., arXiv 2309.05516, whose V it is. Started here from codes that are solved, most signs are
+noise: each step follows the gradient's size within its row and not its sign, see docs/accuracy.md.)
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ class _Variables:
         return self.start._replace(codes=codes.to(torch.uint8), scales=scales)
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Against the signs of the gradients of V and b, those of the weight passed straight through the rounding."""
+        """Against the gradients of V and b: that of the weight, passed straight through the rounding."""
         q = self.quantized()
         integers = dequantize(q._replace(scales=torch.ones_like(q.scales)), self.scheme)
         width = self.scheme.width(gradient.shape[1])
