@@ -47,21 +47,24 @@ class Run(NamedTuple):
 
 
 # One step at a time, each on top of the one before it; then single choices that differ from the default.
-PLAIN = {"correction": 0.0, "order": "static"}
+PLAIN = {"correction": 0.0, "shrinkage": 0.0}
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("round to nearest", {"method": "rtn"}),
-    ("GPTQ, static order, grids weighted by diag(H)", {"method": "gptq", "solver": PLAIN}),
-    ("+ order by groups, grids chosen in the loop", {"method": "gptq", "solver": {"correction": 0.0}}),
+    ("GPTQ: static order, grids weighted by diag(H)", {"method": "gptq", "solver": PLAIN | {"order": "static"}}),
+    ("+ order by groups, grids chosen in the loop", {"method": "gptq", "solver": PLAIN}),
+    ("+ shrinkage 0.3 (the preset fast)", {"preset": "fast"}),
     ("+ correction 0.5", {"method": "gptq"}),
     ("+ best of AWQ, GPTQ and both (the default)", {}),
     ("+ refit and descent, 2 passes", {"solver": {"refine": 2}}),
-    ("default + trained rounding (the preset best)", {"preset": "best"}),
+    ("default + 1 pass of them + trained rounding (the preset best)", {"preset": "best"}),
     ("default, correction 1.0", {"solver": {"correction": 1.0}}),
     ("default, damping 0.1", {"solver": {"damping": 0.1}}),
-    ("GPTQ, static order, grids weighted by 1/U_jj^2", {"method": "gptq", "solver": PLAIN | {"weight": "pivot"}}),
+    (
+        "GPTQ: static order, grids weighted by 1/U_jj^2",
+        {"method": "gptq", "solver": PLAIN | {"order": "static", "weight": "pivot"}},
+    ),
     ("AWQ, scales by the Gram form", {"method": "awq"}),
     ("AWQ, scales by the block's output", {"method": "awq", "solver": {"awq_loss": "block"}}),
-    ("the preset fast", {"preset": "fast"}),
 ]
 
 
@@ -211,8 +214,8 @@ def main() -> None:
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
-    wanted = [run for run in planned(str(args.calibration), args.headline) if run.section in args.only.split(",")]
-    todo = [run for run in wanted if run.key not in results]
+    runs = list(planned(str(args.calibration), args.headline))
+    todo = [run for run in runs if run.section in args.only.split(",") and run.key not in results]
     tokenizer, original = load_tokenizer(args.model), load(args.model, torch.float32)
     most = max((run.windows or args.windows for run in todo), default=1)
     references = {
@@ -230,6 +233,7 @@ def main() -> None:
             print(f"{run.name}: {error}", flush=True)
             continue
         results[run.key] = result
+        results = {run.key: results[run.key] for run in runs if run.key in results}
         print(f"{number}/{len(todo)} {run.key}: {result['texts'][first]}, {result['seconds']} s", flush=True)
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "original": original_perplexity}
         args.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")

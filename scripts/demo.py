@@ -26,10 +26,10 @@ def main() -> None:
     parser.add_argument("workdir", type=Path, help="where the text and the result go")
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
-    out = str(options.workdir / "int4-gptq-g64")
+    out = str(options.workdir / "int4-g64")
     text = str(write_text(options.workdir / "python-reference.txt"))
 
-    scheme = ["--method", "gptq", "--bits", "4", "--group-size", "64", "--format", "compressed-tensors"]
+    scheme = ["--bits", "4", "--group-size", "64", "--format", "compressed-tensors"]
     llmquant("quantize", options.model, "-o", out, *scheme, "--samples", "32", "--overwrite")
     llmquant("verify", out)
     before = facts("inspect", options.model)

@@ -58,36 +58,54 @@ Grid grid_over(const LlmquantColumns& task, Float low, Float high, const Llmquan
     return Grid(scale * candidate.sign, all(middle), top);
 }
 
-// The loss of rounding `width` columns one after the other, each vector of rows on its grid: the sum of squared
-// normalised errors.
-void losses_of(const LlmquantColumns& task, const Float (*columns)[WIDTH], int64_t first, int64_t width,
-               const Grid* grids, Float* losses) {
-    Float rest[BLOCK][WIDTH];
-    for (int64_t v = 0; v < WIDTH; ++v) losses[v] = all(0);
-    for (int64_t j = 0; j < width; ++j)
-        for (int64_t v = 0; v < WIDTH; ++v) rest[j][v] = columns[first + j][v];
-    for (int64_t strip = 0; strip < width; strip += STRIP) {
-        Float errors[STRIP][WIDTH];
-        for (int64_t j = 0; j < STRIP; ++j) {
-            const float* row = task.matrix + (first + strip + j) * task.stride + first + strip;
+// Rounding the columns of one group one after the other, each vector of rows on its grid.
+class Trial {
+  public:
+    Trial(const LlmquantColumns& task_, const Float (*columns)[WIDTH], int64_t first_, int64_t width_,
+          const Grid* grids_)
+        : task(task_), first(first_), width(width_), grids(grids_) {
+        for (int64_t j = 0; j < width; ++j)
+            for (int64_t v = 0; v < WIDTH; ++v) rest[j][v] = columns[first + j][v];
+    }
+
+    // The sums of squared normalised errors.
+    void run(Float* losses) {
+        for (int64_t v = 0; v < WIDTH; ++v) losses[v] = all(0);
+        int64_t j = 0;
+        for (; j + STRIP <= width; j += STRIP) take<STRIP>(j, losses);
+        for (; j < width; ++j) take<1>(j, losses);
+    }
+
+  private:
+    // Rounds `COUNT` columns from `start` on, and passes their errors on to all after them.
+    template <int64_t COUNT>
+    void take(int64_t start, Float* losses) {
+        const float* rows = task.matrix + (first + start) * task.stride + first;
+        Float errors[COUNT][WIDTH];
+        for (int64_t j = 0; j < COUNT; ++j) {
             for (int64_t v = 0; v < WIDTH; ++v) {
-                const Float x = rest[strip + j][v];
-                errors[j][v] = (x - grids[v].scale * grids[v].integer(x)) * task.pivots[first + strip + j];
+                const Float x = rest[start + j][v];
+                errors[j][v] = (x - grids[v].scale * grids[v].integer(x)) * task.pivots[first + start + j];
                 losses[v] += errors[j][v] * errors[j][v];
             }
-            for (int64_t l = j + 1; l < STRIP; ++l)
-                for (int64_t v = 0; v < WIDTH; ++v) rest[strip + l][v] -= errors[j][v] * row[l];
+            for (int64_t l = j + 1; l < COUNT; ++l)
+                for (int64_t v = 0; v < WIDTH; ++v)
+                    rest[start + l][v] -= errors[j][v] * rows[j * task.stride + start + l];
         }
-        for (int64_t l = strip + STRIP; l < width; ++l) {
-            const float* column = task.matrix + (first + strip) * task.stride + first + l;
+        for (int64_t l = start + COUNT; l < width; ++l) {
             Float x[WIDTH];
             for (int64_t v = 0; v < WIDTH; ++v) x[v] = rest[l][v];
-            for (int64_t j = 0; j < STRIP; ++j)
-                for (int64_t v = 0; v < WIDTH; ++v) x[v] -= errors[j][v] * column[j * task.stride];
+            for (int64_t j = 0; j < COUNT; ++j)
+                for (int64_t v = 0; v < WIDTH; ++v) x[v] -= errors[j][v] * rows[j * task.stride + l];
             for (int64_t v = 0; v < WIDTH; ++v) rest[l][v] = x[v];
         }
     }
-}
+
+    const LlmquantColumns& task;
+    const int64_t first, width;
+    const Grid* grids;
+    Float rest[BLOCK][WIDTH];
+};
 
 // The best of the candidates for each row.
 void search_grid(const LlmquantColumns& task, const Float (*columns)[WIDTH], int64_t first, int64_t width,
@@ -103,7 +121,7 @@ void search_grid(const LlmquantColumns& task, const Float (*columns)[WIDTH], int
         Grid grids[WIDTH];
         Float losses[WIDTH];
         for (int64_t v = 0; v < WIDTH; ++v) grids[v] = grid_over(task, low[v], high[v], task.candidates[c]);
-        losses_of(task, columns, first, width, grids, losses);
+        Trial(task, columns, first, width, grids).run(losses);
         for (int64_t v = 0; v < WIDTH; ++v) {
             const Int better = losses[v] < least[v];
             least[v] = better ? losses[v] : least[v];

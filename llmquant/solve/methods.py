@@ -137,7 +137,7 @@ def awq(problem: Problem, W: Tensor) -> Solution:
 
 
 def gptq(problem: Problem, W: Tensor) -> Solution:
-    return _gptq(problem, W, problem.known, problem.factor)._replace(method="gptq")
+    return _gptq(problem, W, problem.known, problem.factor)
 
 
 def awq_gptq(problem: Problem, W: Tensor) -> Solution:
