@@ -33,8 +33,8 @@ class SolverRecipe(_Strict):
     order: Literal["group", "static"] = "group"  # of GPTQ's columns: by group, or wherever they are
     weight: Literal["diagonal", "pivot"] = "diagonal"  # of grids chosen before the first column
     damping: float = Field(default=0.01, gt=0, le=1)  # of the Hessian, a fraction of its mean diagonal
-    shrinkage: float = Field(default=0.3, ge=0, le=1)  # of the Hessian towards its diagonal
-    correction: float = Field(default=0.5, ge=0, le=1)  # towards the activations of the original model
+    shrinkage: float = Field(default=0.3, ge=0, lt=1)  # of the Hessian towards its diagonal
+    correction: float = Field(default=0.75, ge=0, le=1)  # towards the activations of the original model
     refine: int = Field(default=0, ge=0)  # passes of scale refit and coordinate descent after the rounding
     awq_loss: Literal["gram", "block"] = "gram"  # what AWQ's scales are chosen by
     train: int = Field(default=0, ge=0)  # steps of trained rounding for each layer

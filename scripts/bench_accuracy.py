@@ -53,7 +53,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("GPTQ: static order, grids weighted by diag(H)", {"method": "gptq", "solver": PLAIN | {"order": "static"}}),
     ("+ order by groups, grids chosen in the loop", {"method": "gptq", "solver": PLAIN}),
     ("+ shrinkage 0.3 (the preset fast)", {"preset": "fast"}),
-    ("+ correction 0.5", {"method": "gptq"}),
+    ("+ correction 0.75", {"method": "gptq"}),
     ("+ best of AWQ, GPTQ and both (the default)", {}),
     ("+ refit and descent, 2 passes", {"solver": {"refine": 2}}),
     ("default + 1 pass of them + trained rounding (the preset best)", {"preset": "best"}),
@@ -213,7 +213,8 @@ def main() -> None:
     args = parser.parse_args()
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
+    stored = {"original": {}, "results": {}} | (json.loads(args.out.read_text()) if args.out.exists() else {})
+    results: dict[str, dict[str, Any]] = stored["results"]
     runs = list(planned(str(args.calibration), args.headline))
     todo = [run for run in runs if run.section in args.only.split(",") and run.key not in results]
     tokenizer, original = load_tokenizer(args.model), load(args.model, torch.float32)
@@ -224,7 +225,9 @@ def main() -> None:
         )
         for i, path in enumerate(args.texts)
     }
-    original_perplexity = {name: reference.perplexity() for name, reference in references.items()}
+    originals = stored["original"] | {
+        f"{name}, {len(reference.ids)} windows": reference.perplexity() for name, reference in references.items()
+    }
     first = args.texts[0].name
     for number, run in enumerate(todo, 1):
         try:
@@ -235,8 +238,9 @@ def main() -> None:
         results[run.key] = result
         results = {run.key: results[run.key] for run in runs if run.key in results}
         print(f"{number}/{len(todo)} {run.key}: {result['texts'][first]}, {result['seconds']} s", flush=True)
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "original": original_perplexity}
-        args.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        text = json.dumps({"about": about, "original": originals, "results": results}, indent=1)
+        args.out.write_text(text + "\n")
     args.out.with_suffix(".md").write_text(f"# Results of scripts/bench_accuracy.py\n\n{tables(results, first)}")
     plot(results, first, args.out.with_suffix(".svg"))
 

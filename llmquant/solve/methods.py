@@ -107,12 +107,13 @@ class Solution(NamedTuple):
 
 
 def shrunk(H: Tensor, shrinkage: float) -> Tensor:
-    """H with its off-diagonal brought nearer to zero.
+    """H brought nearer to its diagonal, (1 - shrinkage) H + shrinkage diag(H), divided by (1 - shrinkage).
 
     The correlations of a finite text are partly its own; an estimate between them and none at all errs less on another
-    text (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004).
+    text (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004). No rounding
+    depends on the size of H, but the correction does: with smaller correlations than D has, it would overshoot.
     """
-    return torch.lerp(H, torch.diag(H.diagonal()), shrinkage)
+    return H + torch.diag(H.diagonal() * (shrinkage / (1 - shrinkage)))
 
 
 def factorize(H: Tensor, scheme: Scheme, choices: Choices) -> Factor:
