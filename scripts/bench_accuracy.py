@@ -3,7 +3,8 @@
     python scripts/bench_accuracy.py MODEL CALIBRATION.jsonl TEXT... [--only methods,ablation,calibration]
 
 Runs that the results file holds already are not repeated. The first text is the measure; the others, far from it and
-from the calibration text, are read by every 4-bit run in groups of 64. Writes a JSON file, tables and a plot.
+from the calibration text, are read where methods or calibration texts are compared at 4 bits in groups of 64. Writes a
+JSON file, tables and a plot.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from llmquant.scheme import Scheme
 METHODS = ("rtn", "awq", "gptq", "awq+gptq", "auto")
 GROUPS = (32, 64, 128, -1)
 BITS = (4, 3, 8)
+FAR_SECTIONS = ("methods", "calibration")  # which read the other texts too
 FAR_WINDOWS = 4
 SEQ_LEN = 2048
 
@@ -82,7 +84,8 @@ def planned(calibration: str, headline: int) -> Iterator[Run]:
                 for method in METHODS:
                     yield Run("methods", method, {"method": method, "scheme": scheme})
     for source in ("self", "builtin", calibration):
-        yield Run("calibration", Path(source).name, {"calibration": {"source": source}, "scheme": {"group_size": 64}})
+        recipe = {"calibration": {"source": source}, "scheme": {"group_size": 64}}
+        yield Run("calibration", Path(source).name, recipe, headline)
 
 
 class Reference:
@@ -130,7 +133,7 @@ def perform(run: Run, args: argparse.Namespace, references: dict[str, Reference]
         model = load(out, torch.float32)
     first, *far = references
     found = {first: references[first].measure(model, run.windows or args.windows)}
-    if run.section == "methods" and recipe.scheme.bits == 4 and recipe.scheme.group_size == 64:
+    if run.section in FAR_SECTIONS and recipe.scheme.bits == 4 and recipe.scheme.group_size == 64:
         found |= {name: references[name].measure(model, FAR_WINDOWS) for name in far}
     return {
         "section": run.section,
@@ -160,7 +163,7 @@ def tables(results: dict[str, dict[str, Any]], text: str) -> str:
                     f"| {result['name']} | {scheme_of(result)} | {result['bits_per_weight']:.2f} | "
                     f"{found['perplexity']:.2f} | {found['kl']:.4f} | {found['top1']:.1%} | {result['seconds']:.0f} |"
                 )
-    far = [r for r in results.values() if r["section"] == "methods" and len(r["texts"]) > 1]
+    far = [r for r in results.values() if len(r["texts"]) > 1]
     if far:
         names = list(far[0]["texts"])
         lines += ["\n## KL on other texts\n", "| | scheme | " + " | ".join(names) + " |"]
@@ -206,8 +209,8 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4, help="of the first text, but for the headline")
-    parser.add_argument("--headline", type=int, default=24, help="windows of the headline figures")
+    parser.add_argument("--windows", type=int, default=4, help="of the first text, where nothing else is said")
+    parser.add_argument("--headline", type=int, default=24, help="windows of the headline and of the calibration texts")
     parser.add_argument("--only", default="headline,ablation,methods,calibration")
     parser.add_argument("--out", type=Path, default=Path("docs/results/accuracy.json"))
     args = parser.parse_args()
@@ -242,7 +245,8 @@ def main() -> None:
         text = json.dumps({"about": about, "original": originals, "results": results}, indent=1)
         args.out.write_text(text + "\n")
     args.out.with_suffix(".md").write_text(f"# Results of scripts/bench_accuracy.py\n\n{tables(results, first)}")
-    plot(results, first, args.out.with_suffix(".svg"))
+    if any(result["section"] == "methods" for result in results.values()):
+        plot(results, first, args.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

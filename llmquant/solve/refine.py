@@ -10,38 +10,40 @@ from llmquant.scheme import MIN_SCALE, Quantized, Scheme, dequantize
 from llmquant.solve.columns import BLOCK, descend_columns
 from llmquant.solve.grid import representable
 
+REFIT_ROWS = 256  # at a time: what one group's products with all columns take stays in cache
 RIDGE = 1e-6  # of the mean diagonal of the normal equations: keeps an all-zero group solvable
-
-
-def row_losses(W: Tensor, q: Quantized, scheme: Scheme, H: Tensor) -> Tensor:
-    """tr(E H E^T) row by row, fp32 [m]."""
-    E = W - dequantize(q, scheme)
-    return (E @ H).mul_(E).sum(1)
 
 
 def refit_scales(W: Tensor, H: Tensor, q: Quantized, scheme: Scheme) -> Quantized:
     """The scales that fit the integers best, by the normal equations of each row (arXiv 2602.02126).
 
-        (Z^T H Z) s = Z^T H w,    Z [n, G] holds a row's integers v = code - zero, each in the column of its group
+        N t = Z^T H e,    N = Z^T H Z,    s' = s + t
 
-    Scales are rounded to what servers hold before a row is judged, and only rows that gain by it change.
+    with e = w - Z s, and Z [n, G] the row's integers v = code - zero, each in the column of its group. Scales are
+    rounded to what servers hold before a row is judged, and only rows that gain by it change.
     """
+    parts = zip(*(part.split(REFIT_ROWS) for part in (W, *q)), strict=True)
+    return q._replace(scales=torch.cat([_refit_rows(W, H, Quantized(*rest), scheme) for W, *rest in parts]))
+
+
+def _refit_rows(W: Tensor, H: Tensor, q: Quantized, scheme: Scheme) -> Tensor:
     m, n = W.shape
-    G = scheme.groups(n)
-    v = q.codes.float() - q.zeros.repeat_interleave(scheme.width(n), 1).float()
-    grouped = v.view(m, G, -1)
-    WH = (W @ H).view(m, G, -1)
-    normal = W.new_empty(m, G, G)
-    for g in range(G):  # one group's products with all columns at a time: [m, n] and not [m, G, n]
-        rows = slice(g * scheme.width(n), (g + 1) * scheme.width(n))
-        normal[:, g] = (grouped[:, g] @ H[rows]).view(m, G, -1).mul_(grouped).sum(-1)
-    right = (grouped * WH).sum(-1)
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += RIDGE * diagonal.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    solved = torch.linalg.solve_ex(normal, right.unsqueeze(-1))[0].squeeze(-1)
+    width, G = scheme.width(n), scheme.groups(n)
+    v = q.codes.float() - q.zeros.repeat_interleave(width, 1)
+    lower = W.new_zeros(m, G, G)
+    for g, start in enumerate(range(0, n, width)):
+        products = v[:, start : start + width] @ H[start : start + width, start:]
+        lower[:, g:, g] = products.mul_(v[:, start:]).view(m, -1, width).sum(-1)
+    normal = lower + lower.tril(-1).mT
+    right = ((W - dequantize(q, scheme)) @ H).mul_(v).view(m, G, width).sum(-1)
+    ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    factor, _ = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge.expand(m, G)))
+    solved = q.scales + torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
     usable = torch.isfinite(solved) & (solved.abs() >= MIN_SCALE) & (solved.sign() == q.scales.sign())
-    refit = q._replace(scales=torch.where(usable, representable(solved), q.scales))
-    return _better_rows(W, H, q, refit, scheme)
+    scales = torch.where(usable, representable(solved), q.scales)
+    t = scales - q.scales
+    gain = (t * (2 * right - (normal @ t.unsqueeze(-1)).squeeze(-1))).sum(1, keepdim=True)
+    return torch.where(gain > 0, scales, q.scales)
 
 
 def descend(W: Tensor, H: Tensor, q: Quantized, scheme: Scheme) -> Quantized:
@@ -52,7 +54,9 @@ def descend(W: Tensor, H: Tensor, q: Quantized, scheme: Scheme) -> Quantized:
     n = W.shape[1]
     width = scheme.width(n)
     codes = q.codes.T.contiguous()
-    gradients = H @ (W - dequantize(q, scheme)).T
+    E = (W - dequantize(q, scheme)).T
+    gradients = H @ E
+    before = (E * gradients).sum(0)
     group = torch.arange(n, device=W.device) // width
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
@@ -61,7 +65,9 @@ def descend(W: Tensor, H: Tensor, q: Quantized, scheme: Scheme) -> Quantized:
         steps = gradients[start:end].clone()
         descend_columns(steps, H[start:, start:], scales, zeros, codes[start:end], 1, scheme)
         gradients.addmm_(H[:, start:end], steps, alpha=-1)
-    return _better_rows(W, H, q, q._replace(codes=codes.T.contiguous()), scheme)
+    moved = q._replace(codes=codes.T.contiguous())
+    after = ((W - dequantize(moved, scheme)).T * gradients).sum(0)
+    return q._replace(codes=torch.where((after < before).unsqueeze(1), moved.codes, q.codes))
 
 
 def refine(W: Tensor, H: Tensor, q: Quantized, scheme: Scheme, passes: int) -> Quantized:
@@ -69,8 +75,3 @@ def refine(W: Tensor, H: Tensor, q: Quantized, scheme: Scheme, passes: int) -> Q
     for _ in range(passes):
         q = descend(W, H, refit_scales(W, H, q, scheme), scheme)
     return q
-
-
-def _better_rows(W: Tensor, H: Tensor, before: Quantized, after: Quantized, scheme: Scheme) -> Quantized:
-    better = (row_losses(W, after, scheme, H) < row_losses(W, before, scheme, H)).unsqueeze(1)
-    return Quantized(*(torch.where(better, new, old) for new, old in zip(after, before, strict=True)))
