@@ -34,6 +34,7 @@ GROUPS = (32, 64, 128, -1)
 BITS = (4, 3, 8)
 FAR_SECTIONS = ("methods", "calibration")  # which read the other texts too
 FAR_WINDOWS = 4
+ABLATION_WINDOWS = 8
 SEQ_LEN = 2048
 
 
@@ -53,8 +54,8 @@ PLAIN = {"correction": 0.0, "shrinkage": 0.0}
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("round to nearest", {"method": "rtn"}),
     ("GPTQ: static order, grids weighted by diag(H)", {"method": "gptq", "solver": PLAIN | {"order": "static"}}),
-    ("+ order by groups, grids chosen in the loop", {"method": "gptq", "solver": PLAIN}),
-    ("+ shrinkage 0.3 (the preset fast)", {"preset": "fast"}),
+    ("+ shrinkage 0.3", {"method": "gptq", "solver": {"correction": 0.0, "order": "static"}}),
+    ("+ order by groups, grids chosen in the loop (the preset fast)", {"preset": "fast"}),
     ("+ correction 0.75", {"method": "gptq"}),
     ("+ best of AWQ, GPTQ and both (the default)", {}),
     ("+ refit and descent, 2 passes", {"solver": {"refine": 2}}),
@@ -76,7 +77,7 @@ def planned(calibration: str, headline: int) -> Iterator[Run]:
             scheme = {"group_size": 64, "symmetric": symmetric}
             yield Run("headline", name, recipe | {"scheme": scheme}, headline)
     for name, step in STEPS:
-        yield Run("ablation", name, step | {"scheme": {"group_size": 64}})
+        yield Run("ablation", name, step | {"scheme": {"group_size": 64}}, ABLATION_WINDOWS)
     for bits in BITS:
         for group_size in GROUPS:
             for symmetric in (True, False):
