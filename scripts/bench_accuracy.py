@@ -31,10 +31,10 @@ from llmquant.scheme import Scheme
 
 METHODS = ("rtn", "awq", "gptq", "awq+gptq", "auto")
 GROUPS = (32, 64, 128, -1)
-BITS = (4, 3, 8)
 FAR_SECTIONS = ("methods", "calibration")  # which read the other texts too
 FAR_WINDOWS = 4
-ABLATION_WINDOWS = 8
+CLOSE_WINDOWS = 8  # where rows differ by little
+BITS = {4: 4, 3: 2, 8: 1}  # and the windows of each: what 8 bits lose is small and hardly varies
 SEQ_LEN = 2048
 
 
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     section: str
     name: str
     recipe: dict[str, Any]  # beside the calibration, which all have in common
-    windows: int | None = None  # of the first text; None: as many as were asked for
+    windows: int  # of the first text
 
     @property
     def key(self) -> str:
@@ -77,16 +77,16 @@ def planned(calibration: str, headline: int) -> Iterator[Run]:
             scheme = {"group_size": 64, "symmetric": symmetric}
             yield Run("headline", name, recipe | {"scheme": scheme}, headline)
     for name, step in STEPS:
-        yield Run("ablation", name, step | {"scheme": {"group_size": 64}}, ABLATION_WINDOWS)
-    for bits in BITS:
+        yield Run("ablation", name, step | {"scheme": {"group_size": 64}}, CLOSE_WINDOWS)
+    for bits, count in BITS.items():
         for group_size in GROUPS:
             for symmetric in (True, False):
                 scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
                 for method in METHODS:
-                    yield Run("methods", method, {"method": method, "scheme": scheme})
+                    yield Run("methods", method, {"method": method, "scheme": scheme}, count)
     for source in ("self", "builtin", calibration):
         recipe = {"calibration": {"source": source}, "scheme": {"group_size": 64}}
-        yield Run("calibration", Path(source).name, recipe, headline)
+        yield Run("calibration", Path(source).name, recipe, CLOSE_WINDOWS)
 
 
 class Reference:
@@ -94,31 +94,31 @@ class Reference:
 
     def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
         self.ids = ids
-        self.logp = [_logp(model, window) for window in ids]
+        self.logp = [_logits(model, window).log_softmax(-1) for window in ids]
 
     def measure(self, model: PreTrainedModel, count: int) -> dict[str, float]:
-        """Perplexity, mean KL(original || model) in nats and top-1 agreement over the first `count` windows."""
-        nll, kl, same = [], [], []
+        """Perplexity, mean KL(original || model) in nats and top-1 agreement over the first `count` windows; and the
+        original's perplexity there."""
+        nll, kl, same, before = [], [], [], []
         for window, reference in zip(self.ids[:count], self.logp, strict=False):
-            own, after = _logp(model, window), window[1:, None]
-            for logq, logp, next_token in zip(*(t.split(256) for t in (own, reference, after)), strict=True):
-                nll.append(-logq.gather(1, next_token).squeeze(1))
+            parts = (tokens.split(32) for tokens in (_logits(model, window), reference, window[1:, None]))
+            for logits, logp, next_token in zip(*parts, strict=True):  # a few at a time: they stay in cache
+                logq = logits.log_softmax(-1)
+                nll.append(-logq.gather(1, next_token))
+                before.append(-logp.gather(1, next_token))
                 kl.append((logp.exp() * (logp - logq)).sum(-1))
                 same.append((logq.argmax(-1) == logp.argmax(-1)).float())
         return {
             "perplexity": math.exp(torch.cat(nll).double().mean()),
+            "original": math.exp(torch.cat(before).double().mean()),
             "kl": float(torch.cat(kl).double().mean()),
             "top1": float(torch.cat(same).mean()),
         }
 
-    def perplexity(self) -> float:
-        nll = [-logp.gather(1, window[1:, None]) for window, logp in zip(self.ids, self.logp, strict=True)]
-        return math.exp(torch.cat(nll).double().mean())
-
 
 @torch.inference_mode()
-def _logp(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
 
 
 def perform(run: Run, args: argparse.Namespace, references: dict[str, Reference]) -> dict[str, Any]:
@@ -133,16 +133,17 @@ def perform(run: Run, args: argparse.Namespace, references: dict[str, Reference]
         seconds = time.perf_counter() - started
         model = load(out, torch.float32)
     first, *far = references
-    found = {first: references[first].measure(model, run.windows or args.windows)}
+    found = {first: references[first].measure(model, run.windows)}
     if run.section in FAR_SECTIONS and recipe.scheme.bits == 4 and recipe.scheme.group_size == 64:
         found |= {name: references[name].measure(model, FAR_WINDOWS) for name in far}
     return {
         "section": run.section,
         "name": run.name,
         "recipe": recipe.model_dump(mode="json", exclude={"calibration": {"source"}}),
-        "windows": run.windows or args.windows,
+        "windows": run.windows,
         "bits_per_weight": plan.bits_per_weight(),
         "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
         "texts": found,
     }
 
@@ -155,24 +156,27 @@ def tables(results: dict[str, dict[str, Any]], text: str) -> str:
     """Every result of each section as a row."""
     lines = []
     for section in dict.fromkeys(result["section"] for result in results.values()):
-        lines += [f"\n## {section}\n", "| | scheme | bits | perplexity | KL | same first choice | seconds |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        columns = ("", "scheme", "bits", "windows", "original", "perplexity", "KL", "same first choice", "seconds")
+        lines += [f"\n## {section}\n", _row(*columns), "|---" * len(columns) + "|"]
         for result in results.values():
             if result["section"] == section:
                 found = result["texts"][text]
-                lines.append(
-                    f"| {result['name']} | {scheme_of(result)} | {result['bits_per_weight']:.2f} | "
-                    f"{found['perplexity']:.2f} | {found['kl']:.4f} | {found['top1']:.1%} | {result['seconds']:.0f} |"
-                )
+                figures = (f"{found['original']:.2f}", f"{found['perplexity']:.2f}", f"{found['kl']:.4f}")
+                size, count, seconds = f"{result['bits_per_weight']:.2f}", result["windows"], f"{result['seconds']:.0f}"
+                scheme = scheme_of(result)
+                lines.append(_row(result["name"], scheme, size, count, *figures, f"{found['top1']:.1%}", seconds))
     far = [r for r in results.values() if len(r["texts"]) > 1]
     if far:
         names = list(far[0]["texts"])
-        lines += ["\n## KL on other texts\n", "| | scheme | " + " | ".join(names) + " |"]
-        lines += ["|---|---|" + "---|" * len(names)]
+        lines += ["\n## KL on other texts\n", _row("", "scheme", *names), "|---" * (len(names) + 2) + "|"]
         for result in far:
-            values = " | ".join(f"{result['texts'][name]['kl']:.4f}" for name in names)
-            lines.append(f"| {result['name']} | {scheme_of(result)} | {values} |")
+            values = (f"{result['texts'][name]['kl']:.4f}" for name in names)
+            lines.append(_row(result["name"], scheme_of(result), *values))
     return "\n".join(lines).strip() + "\n"
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def plot(results: dict[str, dict[str, Any]], text: str, path: Path) -> None:
@@ -210,27 +214,22 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=4, help="of the first text, where nothing else is said")
-    parser.add_argument("--headline", type=int, default=24, help="windows of the headline and of the calibration texts")
+    parser.add_argument("--headline", type=int, default=24, help="windows of the headline figures")
     parser.add_argument("--only", default="headline,ablation,methods,calibration")
     parser.add_argument("--out", type=Path, default=Path("docs/results/accuracy.json"))
     args = parser.parse_args()
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"original": {}, "results": {}} | (json.loads(args.out.read_text()) if args.out.exists() else {})
-    results: dict[str, dict[str, Any]] = stored["results"]
+    results: dict[str, dict[str, Any]] = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
     runs = list(planned(str(args.calibration), args.headline))
     todo = [run for run in runs if run.section in args.only.split(",") and run.key not in results]
     tokenizer, original = load_tokenizer(args.model), load(args.model, torch.float32)
-    most = max((run.windows or args.windows for run in todo), default=1)
+    most = max((run.windows for run in todo), default=1)
     references = {
         path.name: Reference(
             original, windows(tokenizer, read_text(path, None).content, SEQ_LEN, FAR_WINDOWS if i else most)
         )
         for i, path in enumerate(args.texts)
-    }
-    originals = stored["original"] | {
-        f"{name}, {len(reference.ids)} windows": reference.perplexity() for name, reference in references.items()
     }
     first = args.texts[0].name
     for number, run in enumerate(todo, 1):
@@ -242,9 +241,7 @@ def main() -> None:
         results[run.key] = result
         results = {run.key: results[run.key] for run in runs if run.key in results}
         print(f"{number}/{len(todo)} {run.key}: {result['texts'][first]}, {result['seconds']} s", flush=True)
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        text = json.dumps({"about": about, "original": originals, "results": results}, indent=1)
-        args.out.write_text(text + "\n")
+        args.out.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(f"# Results of scripts/bench_accuracy.py\n\n{tables(results, first)}")
     if any(result["section"] == "methods" for result in results.values()):
         plot(results, first, args.out.with_suffix(".svg"))
