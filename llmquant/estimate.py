@@ -14,15 +14,17 @@ RUNTIME_BYTES = 600_000_000  # Python, torch and transformers themselves, as mea
 HESSIAN_COPIES = 7  # two sums, two means, reordered, factor, inverse factor
 WEIGHT_COPIES = 5  # stacked, corrected, reordered, codes with their grid, dequantized
 CANDIDATES = 3  # that `auto` solves
+SPILL_BYTES = 2**29  # of the original model's activations: more of them go through a file
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak resident memory in bytes and time in seconds."""
+    """Peak resident memory in bytes, time in seconds, and the bytes of activations that are kept on the disk."""
 
     memory: int
     seconds: float
     tokens: int
+    spilled: int
 
 
 def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
@@ -36,11 +38,13 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     streams = 2 if recipe.solver.correction or recipe.solver.train else 1
     widest = max(layout.shapes[group.linears[0]][1] for layer in layout.layers for group in layer.groups)
     # Between layers each token is one state; inside one, the state and the input of the linear it stands before.
-    state = streams * tokens * (shell.config.hidden_size + widest) * item
+    one = tokens * shell.config.hidden_size * item
+    spilled = one if streams == 2 and one >= SPILL_BYTES else 0
+    state = streams * (one + tokens * widest * item) - spilled
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
     memory = RUNTIME_BYTES + state + max(outside, streams * layer_bytes + (solve if calibrated else layer_bytes))
     flops = sum(_layer_flops(layout, [g.linears for g in layer.groups], tokens, recipe) for layer in layout.layers)
-    return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens)
+    return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens, spilled)
 
 
 def _outside(shell: Shell, layout: Layout) -> list[str]:

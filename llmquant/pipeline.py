@@ -75,7 +75,7 @@ def quantize(
         if not journal.records:
             clear(out)
         observer.planned(plan, calibration, done=len(journal.records))
-        place = Workplace(plan, shell, open_stream(plan, shell, calibration), out)
+        place = Workplace(plan, shell, open_stream(plan, shell, calibration, out), out)
         for number, unit in enumerate(plan.units):
             if number < len(journal.records):
                 replay(unit, place, journal.records[number])
@@ -86,9 +86,11 @@ def quantize(
     return plan
 
 
-def open_stream(plan: Plan, shell: Shell, calibration: Calibration | None) -> Stream | None:
+def open_stream(plan: Plan, shell: Shell, calibration: Calibration | None, out: Path) -> Stream | None:
     """The calibration text at the first layer; twice, where the original model's activations are aimed at."""
     if calibration is None:
         return None
     solver = plan.recipe.solver
-    return Stream(shell, plan.layers, calibration.batches, compared=bool(solver.correction or solver.train))
+    compared = bool(solver.correction or solver.train)
+    spill = out if plan.estimate.spilled else None
+    return Stream(shell, plan.layers, calibration.batches, compared=compared, spill=spill)

@@ -178,14 +178,15 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
     units = _name_shards(drafts, merged=total <= SHARD_BYTES)
     if not any(linear.scheme for unit in units for linear in unit.linears.values()):
         raise RecipeError("recipe: no linear is left to quantize; loosen `overrides` or choose another group size")
+    cost = estimate(recipe, shell, layout)
     plan = Plan(
         recipe=recipe,
         model_type=layout.model_type,
         units=units,
         merged=total <= SHARD_BYTES,
-        notes=(*_linear_notes(units), *_outside_notes(shell), *_caveats(units, recipe)),
+        notes=(*_linear_notes(units), *_outside_notes(shell), *_caveats(units, recipe), *_spill_notes(cost)),
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
-        estimate=estimate(recipe, shell, layout),
+        estimate=cost,
         all_linears=tuple(layout.shapes),
     )
     if max_memory is not None and plan.estimate.memory > max_memory:
@@ -278,6 +279,11 @@ def _outside_notes(shell: Shell) -> list[str]:
 def _caveats(units: tuple[Unit, ...], recipe: Recipe) -> list[str]:
     schemes = {linear.scheme for unit in units for linear in unit.linears.values() if linear.scheme}
     return FORMATS[recipe.format].caveats(schemes)
+
+
+def _spill_notes(cost: Estimate) -> list[str]:
+    size = f"{cost.spilled / 1e9:.1f} GB"
+    return [f"{size} of activations are kept in a file in the output directory"] if cost.spilled else []
 
 
 def _stored_spec(shell: Shell, name: str) -> Spec:

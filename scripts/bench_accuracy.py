@@ -1,8 +1,8 @@
 """What each method, scheme and step is worth: perplexity, KL and agreement beside the original model.
 
-    python scripts/bench_accuracy.py MODEL CALIBRATION.jsonl TEXT... [--only methods,ablation,calibration]
+    python scripts/bench_accuracy.py MODEL CALIBRATION.jsonl TEXT... [--only headline,methods,...]
 
-Runs that the results file holds already are not repeated. The first text is the measure; the others, far from it and
+What the results file holds already is not measured again. The first text is the measure; the others, far from it and
 from the calibration text, are read where methods or calibration texts are compared at 4 bits in groups of 64. Writes a
 JSON file, tables and a plot.
 """
@@ -10,6 +10,7 @@ JSON file, tables and a plot.
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from llmquant.errors import LlmquantError
 from llmquant.evaluate.perplexity import windows
 from llmquant.evaluate.text import read_text
 from llmquant.model.tokenizer import load_tokenizer
+from llmquant.native import describe_backend
 from llmquant.pipeline import Options, quantize
 from llmquant.recipe import Recipe
 from llmquant.runtime.loader import load
@@ -32,21 +34,29 @@ from llmquant.scheme import Scheme
 METHODS = ("rtn", "awq", "gptq", "awq+gptq", "auto")
 GROUPS = (32, 64, 128, -1)
 FAR_SECTIONS = ("methods", "calibration")  # which read the other texts too
-FAR_WINDOWS = 4
-CLOSE_WINDOWS = 8  # where rows differ by little
-BITS = {4: 4, 3: 2, 8: 1}  # and the windows of each: what 8 bits lose is small and hardly varies
+FAR_WINDOWS = 2
+CLOSE_WINDOWS = 4  # of the first text, where rows are compared with each other
+OTHER_BITS = {3: 4, 8: 1}  # and the windows of each: what 8 bits lose is small and hardly varies
 SEQ_LEN = 2048
 
+Figures = dict[str, float]
 
-class Run(NamedTuple):
+
+class Row(NamedTuple):
+    """A line of a table. Rows with equal recipes are measured once."""
+
     section: str
     name: str
-    recipe: dict[str, Any]  # beside the calibration, which all have in common
+    recipe: dict[str, Any]  # without the calibration text, which nearly all have in common
     windows: int  # of the first text
 
     @property
-    def key(self) -> str:
-        return f"{self.section}: {self.name}, {Scheme(**self.recipe['scheme'])}"
+    def scheme(self) -> Scheme:
+        return Scheme(**self.recipe["scheme"])
+
+    @property
+    def far(self) -> bool:
+        return self.section in FAR_SECTIONS and (self.scheme.bits, self.scheme.group_size) == (4, 64)
 
 
 # One step at a time, each on top of the one before it; then single choices that differ from the default.
@@ -71,22 +81,30 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def planned(calibration: str, headline: int) -> Iterator[Run]:
-    for name, recipe in (("rtn", {"method": "rtn"}), ("default", {}), ("best", {"preset": "best"})):
-        for symmetric in (True, False):
-            scheme = {"group_size": 64, "symmetric": symmetric}
-            yield Run("headline", name, recipe | {"scheme": scheme}, headline)
+def planned(calibration: str, headline: int) -> Iterator[Row]:
+    """All rows, those that say most first."""
+    for symmetric in (True, False):
+        for name, recipe in (("round to nearest", {"method": "rtn"}), ("default", {})):
+            yield Row("headline", name, recipe | {"scheme": {"group_size": 64, "symmetric": symmetric}}, headline)
+    yield from each_method("methods", 4, True, CLOSE_WINDOWS)
     for name, step in STEPS:
-        yield Run("ablation", name, step | {"scheme": {"group_size": 64}}, CLOSE_WINDOWS)
-    for bits, count in BITS.items():
-        for group_size in GROUPS:
-            for symmetric in (True, False):
-                scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
-                for method in METHODS:
-                    yield Run("methods", method, {"method": method, "scheme": scheme}, count)
+        yield Row("ablation", name, step | {"scheme": {"group_size": 64}}, CLOSE_WINDOWS)
     for source in ("self", "builtin", calibration):
         recipe = {"calibration": {"source": source}, "scheme": {"group_size": 64}}
-        yield Run("calibration", Path(source).name, recipe, CLOSE_WINDOWS)
+        yield Row("calibration", Path(source).name, recipe, CLOSE_WINDOWS)
+    yield from each_method("methods", 4, False, CLOSE_WINDOWS)
+    for symmetric in (True, False):
+        yield Row("best", "best", {"preset": "best", "scheme": {"group_size": 64, "symmetric": symmetric}}, headline)
+    for bits, count in OTHER_BITS.items():
+        for symmetric in (True, False):
+            yield from each_method("bits", bits, symmetric, count)
+
+
+def each_method(section: str, bits: int, symmetric: bool, count: int) -> Iterator[Row]:
+    for group_size in GROUPS:
+        scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        for method in METHODS:
+            yield Row(section, method, {"method": method, "scheme": scheme}, count)
 
 
 class Reference:
@@ -96,24 +114,27 @@ class Reference:
         self.ids = ids
         self.logp = [_logits(model, window).log_softmax(-1) for window in ids]
 
-    def measure(self, model: PreTrainedModel, count: int) -> dict[str, float]:
-        """Perplexity, mean KL(original || model) in nats and top-1 agreement over the first `count` windows; and the
-        original's perplexity there."""
-        nll, kl, same, before = [], [], [], []
-        for window, reference in zip(self.ids[:count], self.logp, strict=False):
-            parts = (tokens.split(32) for tokens in (_logits(model, window), reference, window[1:, None]))
-            for logits, logp, next_token in zip(*parts, strict=True):  # a few at a time: they stay in cache
-                logq = logits.log_softmax(-1)
-                nll.append(-logq.gather(1, next_token))
-                before.append(-logp.gather(1, next_token))
-                kl.append((logp.exp() * (logp - logq)).sum(-1))
-                same.append((logq.argmax(-1) == logp.argmax(-1)).float())
-        return {
-            "perplexity": math.exp(torch.cat(nll).double().mean()),
-            "original": math.exp(torch.cat(before).double().mean()),
-            "kl": float(torch.cat(kl).double().mean()),
-            "top1": float(torch.cat(same).mean()),
-        }
+    def measure(self, model: PreTrainedModel, count: int) -> list[Figures]:
+        """For each of the first windows the means over its tokens: negative log-likelihood in nats, of the original
+        too; KL(original || model) in nats; how often both would choose the same token."""
+        return [self._measure(model, *window) for window in zip(self.ids[:count], self.logp, strict=False)]
+
+    def _measure(self, model: PreTrainedModel, ids: Tensor, reference: Tensor) -> Figures:
+        sums = torch.zeros(4, dtype=torch.float64)
+        parts = (tokens.split(32) for tokens in (_logits(model, ids), reference, ids[1:, None]))
+        for logits, logp, next_token in zip(*parts, strict=True):  # a few at a time: they stay in cache
+            logq = logits.log_softmax(-1)
+            same = (logq.argmax(-1) == logp.argmax(-1)).float()
+            kl = (logp.exp() * (logp - logq)).sum(-1)
+            each = (-logq.gather(1, next_token), -logp.gather(1, next_token), kl, same)
+            sums += torch.stack([figure.sum(dtype=torch.float64) for figure in each])
+        return dict(zip(("nll", "original", "kl", "top1"), (sums / len(reference)).tolist(), strict=True))
+
+
+def summary(measured: list[Figures], count: int) -> Figures:
+    """Over the first windows: perplexity, that of the original, mean KL and agreement."""
+    mean = {name: statistics.fmean(window[name] for window in measured[:count]) for name in measured[0]}
+    return mean | {"perplexity": math.exp(mean["nll"]), "original": math.exp(mean["original"])}
 
 
 @torch.inference_mode()
@@ -121,57 +142,55 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
 
 
-def perform(run: Run, args: argparse.Namespace, references: dict[str, Reference]) -> dict[str, Any]:
-    values = run.recipe | {
-        "calibration": {"source": str(args.calibration), "samples": args.samples, "seq_len": args.seq_len}
-        | run.recipe.get("calibration", {})
-    }
-    recipe = Recipe.from_dict(values)
+def complete(row: Row, args: argparse.Namespace) -> Recipe:
+    common = {"source": str(args.calibration), "samples": args.samples, "seq_len": args.seq_len}
+    return Recipe.from_dict(row.recipe | {"calibration": common | row.recipe.get("calibration", {})})
+
+
+def key(recipe: Recipe) -> str:
+    """What two rows have in common that need to be measured once only."""
+    values = recipe.model_dump(mode="json", exclude={"preset"})
+    values["calibration"]["source"] = Path(recipe.calibration.source).name
+    return json.dumps(values, sort_keys=True)
+
+
+def perform(recipe: Recipe, args: argparse.Namespace, counts: dict[str, int], references: dict[str, Reference]) -> Any:
+    """Quantize, and read so many windows of each text."""
+    options = Options(overwrite=True)
     with tempfile.TemporaryDirectory() as out:
         started = time.perf_counter()
-        plan = quantize(args.model, out, recipe, Options(overwrite=True))
+        plan = quantize(args.model, out, recipe, options)
         seconds = time.perf_counter() - started
         model = load(out, torch.float32)
-    first, *far = references
-    found = {first: references[first].measure(model, run.windows)}
-    if run.section in FAR_SECTIONS and recipe.scheme.bits == 4 and recipe.scheme.group_size == 64:
-        found |= {name: references[name].measure(model, FAR_WINDOWS) for name in far}
     return {
-        "section": run.section,
-        "name": run.name,
-        "recipe": recipe.model_dump(mode="json", exclude={"calibration": {"source"}}),
-        "windows": run.windows,
         "bits_per_weight": plan.bits_per_weight(),
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
-        "texts": found,
+        "backend": describe_backend(),
+        "activations": str(options.compute_dtype),
+        "texts": {name: references[name].measure(model, count) for name, count in counts.items() if count},
     }
 
 
-def scheme_of(result: dict[str, Any]) -> str:
-    return str(Scheme(**result["recipe"]["scheme"]))
-
-
-def tables(results: dict[str, dict[str, Any]], text: str) -> str:
+def tables(rows: list[tuple[Row, dict[str, Any]]], text: str) -> str:
     """Every result of each section as a row."""
     lines = []
-    for section in dict.fromkeys(result["section"] for result in results.values()):
+    for section in dict.fromkeys(row.section for row, _ in rows):
         columns = ("", "scheme", "bits", "windows", "original", "perplexity", "KL", "same first choice", "seconds")
         lines += [f"\n## {section}\n", _row(*columns), "|---" * len(columns) + "|"]
-        for result in results.values():
-            if result["section"] == section:
-                found = result["texts"][text]
+        for row, result in rows:
+            if row.section == section:
+                found = summary(result["texts"][text], row.windows)
                 figures = (f"{found['original']:.2f}", f"{found['perplexity']:.2f}", f"{found['kl']:.4f}")
-                size, count, seconds = f"{result['bits_per_weight']:.2f}", result["windows"], f"{result['seconds']:.0f}"
-                scheme = scheme_of(result)
-                lines.append(_row(result["name"], scheme, size, count, *figures, f"{found['top1']:.1%}", seconds))
-    far = [r for r in results.values() if len(r["texts"]) > 1]
+                size, seconds = f"{result['bits_per_weight']:.2f}", f"{result['seconds']:.0f}"
+                lines.append(_row(row.name, row.scheme, size, row.windows, *figures, f"{found['top1']:.1%}", seconds))
+    far = [(row, result["texts"]) for row, result in rows if row.far and len(result["texts"]) > 1]
     if far:
-        names = list(far[0]["texts"])
+        names = list(far[0][1])
         lines += ["\n## KL on other texts\n", _row("", "scheme", *names), "|---" * (len(names) + 2) + "|"]
-        for result in far:
-            values = (f"{result['texts'][name]['kl']:.4f}" for name in names)
-            lines.append(_row(result["name"], scheme_of(result), *values))
+        for row, texts in far:
+            values = (f"{summary(texts[name], FAR_WINDOWS)['kl']:.4f}" for name in names)
+            lines.append(_row(row.name, row.scheme, *values))
     return "\n".join(lines).strip() + "\n"
 
 
@@ -179,7 +198,7 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def plot(results: dict[str, dict[str, Any]], text: str, path: Path) -> None:
+def plot(rows: list[tuple[Row, dict[str, Any]]], text: str, path: Path) -> None:
     """KL against bits per weight, a line for each method; asymmetric 32-groups left out, see docs/accuracy.md."""
     import matplotlib
 
@@ -191,12 +210,10 @@ def plot(results: dict[str, dict[str, Any]], text: str, path: Path) -> None:
     for axis, symmetric in zip(axes, (True, False), strict=True):
         for method in METHODS:
             points = sorted(
-                (result["bits_per_weight"], result["texts"][text]["kl"])
-                for result in results.values()
-                if result["section"] == "methods"
-                and result["name"] == method
-                and result["recipe"]["scheme"]["symmetric"] == symmetric
-                and (symmetric or result["recipe"]["scheme"]["group_size"] != 32)
+                (result["bits_per_weight"], summary(result["texts"][text], row.windows)["kl"])
+                for row, result in rows
+                if (row.section, row.name, row.scheme.symmetric) == ("methods", method, symmetric)
+                and (symmetric or row.scheme.group_size != 32)
             )
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method)
@@ -215,36 +232,53 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--headline", type=int, default=24, help="windows of the headline figures")
-    parser.add_argument("--only", default="headline,ablation,methods,calibration")
+    parser.add_argument("--only", default="headline,methods,ablation,calibration,best,bits")
     parser.add_argument("--out", type=Path, default=Path("docs/results/accuracy.json"))
     args = parser.parse_args()
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
-    runs = list(planned(str(args.calibration), args.headline))
-    todo = [run for run in runs if run.section in args.only.split(",") and run.key not in results]
-    tokenizer, original = load_tokenizer(args.model), load(args.model, torch.float32)
-    most = max((run.windows for run in todo), default=1)
-    references = {
-        path.name: Reference(
-            original, windows(tokenizer, read_text(path, None).content, SEQ_LEN, FAR_WINDOWS if i else most)
-        )
-        for i, path in enumerate(args.texts)
-    }
+    results: dict[str, Any] = json.loads(args.out.read_text())["results"] if args.out.exists() else {}
     first = args.texts[0].name
-    for number, run in enumerate(todo, 1):
+    rows = [(row, complete(row, args)) for row in planned(str(args.calibration), args.headline)]
+    todo: dict[str, tuple[Row, Recipe, dict[str, int]]] = {}
+    for row, recipe in rows:
+        same = [other for other, its in rows if key(its) == key(recipe)]
+        counts = {path.name: FAR_WINDOWS * any(other.far for other in same) for path in args.texts}
+        counts[first] = max(other.windows for other in same)
+        if row.section in args.only.split(",") and not holds(results.get(key(recipe)), counts):
+            todo.setdefault(key(recipe), (row, recipe, counts))
+    if todo:
+        most = {path.name: max(counts[path.name] for *_, counts in todo.values()) for path in args.texts}
+        references = read_references(args.model, {path: most[path.name] for path in args.texts})
+    for number, (name, (row, recipe, counts)) in enumerate(todo.items(), 1):
         try:
-            result = perform(run, args, references)
+            results[name] = perform(recipe, args, counts, references)
         except LlmquantError as error:
-            print(f"{run.name}: {error}", flush=True)
+            print(f"{row.section}: {row.name}, {row.scheme}: {error}", flush=True)
             continue
-        results[run.key] = result
-        results = {run.key: results[run.key] for run in runs if run.key in results}
-        print(f"{number}/{len(todo)} {run.key}: {result['texts'][first]}, {result['seconds']} s", flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(f"# Results of scripts/bench_accuracy.py\n\n{tables(results, first)}")
-    if any(result["section"] == "methods" for result in results.values()):
-        plot(results, first, args.out.with_suffix(".svg"))
+        found, seconds = summary(results[name]["texts"][first], row.windows), results[name]["seconds"]
+        figures = f"perplexity {found['perplexity']:.3f}, KL {found['kl']:.4f}, {seconds} s"
+        print(f"{number}/{len(todo)} {row.section}: {row.name}, {row.scheme}: {figures}", flush=True)
+
+    measured = [(row, results[key(recipe)]) for row, recipe in rows if key(recipe) in results]
+    args.out.with_suffix(".md").write_text(f"# Results of scripts/bench_accuracy.py\n\n{tables(measured, first)}")
+    if any(row.section == "methods" for row, _ in measured):
+        plot(measured, first, args.out.with_suffix(".svg"))
+
+
+def holds(result: dict[str, Any] | None, counts: dict[str, int]) -> bool:
+    """Whether so many windows of each text have been read."""
+    return result is not None and all(len(result["texts"].get(name, ())) >= count for name, count in counts.items())
+
+
+def read_references(model: Path, counts: dict[Path, int]) -> dict[str, Reference]:
+    tokenizer, original = load_tokenizer(model), load(model, torch.float32)
+    return {
+        path.name: Reference(original, windows(tokenizer, read_text(path, None).content, SEQ_LEN, count))
+        for path, count in counts.items()
+        if count
+    }
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmquant import estimate
 from llmquant.calibration.crossing import Crossing
 from llmquant.errors import CalibrationError, NumericsError, OutputError, RecipeError, VerifyError
 from llmquant.evaluate.divergence import compare
@@ -97,6 +98,18 @@ def test_two_runs_give_the_same_bytes(tiny_checkpoint: Path, calibration: Path, 
         quantize(tiny_checkpoint, tmp_path / name, recipe(calibration))
         manifests.append((tmp_path / name / MANIFEST).read_bytes())
     assert manifests[0] == manifests[1]
+
+
+def test_activations_in_a_file_give_the_same_bytes(
+    tiny_checkpoint: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(calibration, solver={"train": 2})
+    quantize(tiny_checkpoint, tmp_path / "memory", asked)
+    monkeypatch.setattr(estimate, "SPILL_BYTES", 1)
+    plan = quantize(tiny_checkpoint, tmp_path / "file", asked)
+    assert plan.notes[-1].endswith("GB of activations are kept in a file in the output directory")
+    assert (tmp_path / "memory" / MANIFEST).read_bytes() == (tmp_path / "file" / MANIFEST).read_bytes()
+    verify_checkpoint(tmp_path / "file")
 
 
 def test_the_same_command_on_a_finished_directory_is_done_at_once(

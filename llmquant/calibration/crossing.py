@@ -1,7 +1,7 @@
 """One layer while all batches pass through it and its linears are replaced one after the other."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from types import TracebackType
 from typing import NamedTuple
@@ -76,7 +76,7 @@ class Crossing:
         """What the batches have passed already has changed: bring them anew to where they stand."""
         self._walk.again()
 
-    def targets(self) -> list[Tensor]:
+    def targets(self) -> Sequence[Tensor]:
         """The original states after the layer; the stream takes them over."""
         if self._originals is None or self.stream.original is None:
             raise ValueError("the stream has no original states")

@@ -1,9 +1,10 @@
 """The calibration activations on their way through the model, one layer after another."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.calibration.batches import Batch
+from llmquant.calibration.spool import Spool
 from llmquant.model.layout import Layer
 from llmquant.model.shell import Shell
 
@@ -24,19 +26,28 @@ class Stream:
 
     Attributes:
         hidden: the states as the quantized layers make them.
-        original: the states as the original layers make them; None unless they are to be `compared`.
+        original: the states as the original layers make them; None unless they are to be `compared`. With `spill`
+            they are kept in a file in that directory.
         masks: bool [B, T], False where padded.
     """
 
     def __init__(
-        self, shell: Shell, layers: tuple[Layer, ...], batches: tuple[Batch, ...], *, compared: bool = False
+        self,
+        shell: Shell,
+        layers: tuple[Layer, ...],
+        batches: tuple[Batch, ...],
+        *,
+        compared: bool = False,
+        spill: Path | None = None,
     ) -> None:
         self._shell = shell
         self._layers = {layer.name: shell.model.get_submodule(layer.name) for layer in layers}
         self.masks = [batch.mask.to(shell.device) for batch in batches]
         self._arguments: dict[torch.Size, dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self.hidden = self._embed(layers, batches)
-        self.original = list(self.hidden) if compared else None
+        self.original: list[Tensor] | Spool | None = None
+        if compared:
+            self.original = Spool(self.hidden, spill) if spill else list(self.hidden)
 
     @torch.no_grad()
     def _embed(self, layers: tuple[Layer, ...], batches: tuple[Batch, ...]) -> list[Tensor]:
@@ -69,11 +80,11 @@ class Stream:
     def module(self, layer: Layer) -> nn.Module:
         return self._layers[layer.name]
 
-    def forwards(self, layer: Layer, module: nn.Module, states: list[Tensor]) -> list[Callable[[], Tensor]]:
+    def forwards(self, layer: Layer, module: nn.Module, states: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
         """For each batch, a call that passes its states through `module`, which is the layer or a twin of it."""
         return [partial(self.forward, layer, module, states, i) for i in range(len(states))]
 
-    def forward(self, layer: Layer, module: Callable[..., Any], states: list[Tensor], batch: int) -> Tensor:
+    def forward(self, layer: Layer, module: Callable[..., Any], states: Sequence[Tensor], batch: int) -> Tensor:
         """One batch's states after the layer, [B, T, hidden]; gradients flow if they are on."""
         args, kwargs = self._arguments[states[batch].shape[:2]][layer.name]
         out = module(states[batch].to(self._shell.device), *args, **kwargs)
