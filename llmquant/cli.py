@@ -49,6 +49,11 @@ class Preset(str, Enum):
     best = "best"
 
 
+class Precision(str, Enum):
+    exact = "exact"
+    int8 = "int8"
+
+
 class Format(str, Enum):
     compressed_tensors = "compressed-tensors"
     gptq = "gptq"
@@ -160,11 +165,12 @@ def generate(
     directory: Annotated[Path, typer.Argument(metavar="DIR")],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    precision: Annotated[Precision, typer.Option(help="Of activations on the CPU; int8 is faster.")] = Precision.exact,
     stats: Annotated[bool, typer.Option("--stats", help="Print tokens per second and the kernel in use.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, greedily, through the model's chat template if it has one."""
-    answer = run_generate(directory, prompt, max_new_tokens=max_new_tokens)
+    answer = run_generate(directory, prompt, max_new_tokens=max_new_tokens, precision=precision.value)
     if as_json:
         print_json(answer.to_dict())
         return

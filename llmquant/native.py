@@ -14,7 +14,7 @@ from llmquant.errors import RecipeError
 
 LIBRARY = Path(__file__).parent / "_native" / "llmquant_cpu.so"
 VARIABLE = "LLMQUANT_BACKEND"
-ABI = 2
+ABI = 3
 
 
 class Library:

@@ -12,7 +12,8 @@ import torch
 from llmquant import native
 from llmquant.errors import RecipeError
 from llmquant.kernels import ops, reference  # noqa: F401  (ops registers the operator)
-from llmquant.scheme import Scheme
+from llmquant.kernels.layout import pack
+from llmquant.scheme import Quantized, Scheme
 
 
 @pytest.fixture
@@ -32,9 +33,15 @@ def test_the_native_library_is_taken_where_it_is(fresh_choice: None, monkeypatch
 def test_the_reference_can_be_asked_for(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.VARIABLE, "reference")
     assert native.describe_backend() == "reference (LLMQUANT_BACKEND asks for it)"
-    packed, scales, x = torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8, 1), torch.randn(3, 128)
-    y = torch.ops.llmquant.w4_linear(x, packed, scales, None, None, 4, 128)
-    assert torch.equal(y, reference.linear(x, packed, scales, None, None, Scheme()))
+    scheme, x = Scheme(), torch.randn(3, 128)
+    q = Quantized(
+        torch.arange(8 * 128).view(8, 128).to(torch.uint8) % 16,
+        torch.ones(8, 1),
+        torch.full((8, 1), 8, dtype=torch.uint8),
+    )
+    panels = pack(q, scheme)
+    y = torch.ops.llmquant.w4_linear(x, *panels, None, 8, 4, 128, "exact")
+    assert torch.equal(y, reference.linear(x, panels, None, 8, scheme))
 
 
 def test_without_the_library_the_fallback_says_so(

@@ -17,12 +17,13 @@ LLMQUANT_EXPORT int64_t llmquant_threaded();
 
 namespace llmquant {
 
+struct Integers;
+
 // rows.cpp, once for each instruction set.
 struct LinearKernels {
-    int64_t (*padded)(int64_t columns);  // floats that a token takes in the arranged copy of x
-    void (*arrange)(const LlmquantLinear& task, float* arranged);
-    void (*multiply)(const LlmquantLinear& task, const float* arranged, int64_t first, int64_t last);  // rows of y
-    void (*dequantize)(const LlmquantLinear& task, int64_t first, int64_t last);
+    void (*to_integers)(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last);      // tokens
+    void (*multiply)(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last);         // panels
+    void (*dequantize)(const LlmquantLinear& task, int64_t first, int64_t last);                          // panels
 };
 
 // columns.cpp, likewise.
@@ -32,6 +33,9 @@ struct SolveKernels {
     void (*search_grids)(const LlmquantColumns& task, int64_t first, int64_t last);
 };
 
+namespace avx512vnni {
+extern const LinearKernels linear;
+}  // namespace avx512vnni
 namespace avx512 {
 extern const LinearKernels linear;
 extern const SolveKernels solve;

@@ -18,10 +18,17 @@ struct Level {
     bool usable;
 };
 
+#if defined(__x86_64__)
+bool supports_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+}
+#endif
+
 const Level* levels() {
     static const Level all[] = {
 #if defined(__x86_64__)
-        {"AVX-512", &avx512::linear, &avx512::solve, __builtin_cpu_supports("avx512f") != 0},
+        {"AVX-512 VNNI", &avx512vnni::linear, &avx512::solve, supports_avx512() && __builtin_cpu_supports("avx512vnni")},
+        {"AVX-512", &avx512::linear, &avx512::solve, supports_avx512()},
         {"AVX2", &avx2::linear, &avx2::solve, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
         {"baseline", &baseline::linear, &baseline::solve, true},
@@ -38,10 +45,10 @@ const Level& usable_level(int64_t index) {
 
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // products; below that, waking a thread takes longer than the work
 
-// `work(first, last)` for consecutive ranges of whole tiles that cover all rows. Each row is one thread's, so results
-// never depend on the number of threads.
+// `work(first, last)` for consecutive ranges of whole tiles that cover all rows (or tokens, or panels). Each is one
+// thread's, so results never depend on the number of threads.
 template <typename Work>
-void share_rows(int64_t rows, int64_t tile, int64_t threads, int64_t products, Work work) {
+void share(int64_t rows, int64_t tile, int64_t threads, int64_t products, Work work) {
     const int64_t tiles = (rows + tile - 1) / tile;
     const int64_t parts = std::max<int64_t>(1, std::min({threads, tiles, products / WORTH_A_THREAD}));
 #if defined(_OPENMP)
@@ -51,10 +58,12 @@ void share_rows(int64_t rows, int64_t tile, int64_t threads, int64_t products, W
         work(tiles * part / parts * tile, std::min(rows, tiles * (part + 1) / parts * tile));
 }
 
+int64_t panels(const LlmquantLinear& task) { return (task.rows + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL; }
+
 }  // namespace
 }  // namespace llmquant
 
-int64_t llmquant_abi() { return 2; }
+int64_t llmquant_abi() { return 3; }
 
 const char* llmquant_level(int64_t level) { return llmquant::usable_level(level).name; }
 
@@ -68,29 +77,34 @@ int64_t llmquant_threaded() {
 
 int64_t llmquant_linear(const LlmquantLinear* task) {
     const llmquant::LinearKernels& kernels = *llmquant::usable_level(task->level).linear;
-    const auto size = static_cast<std::size_t>(task->tokens * kernels.padded(task->columns));
-    const std::unique_ptr<float[]> arranged(new (std::nothrow) float[size]);
-    if (!arranged) return 1;
-    kernels.arrange(*task, arranged.get());
-    llmquant::share_rows(task->rows, 1, task->threads, task->tokens * task->rows * task->columns,
-                         [&](int64_t first, int64_t last) { kernels.multiply(*task, arranged.get(), first, last); });
+    const int64_t bytes = task->tokens * task->planes * llmquant::padded(task->columns);
+    const int64_t blocks = task->tokens * llmquant::blocks_of(*task);
+    const std::unique_ptr<int8_t[]> planes(new (std::nothrow) int8_t[static_cast<std::size_t>(bytes)]);
+    const std::unique_ptr<float[]> scales(new (std::nothrow) float[static_cast<std::size_t>(blocks)]);
+    const std::unique_ptr<int32_t[]> sums(new (std::nothrow) int32_t[static_cast<std::size_t>(blocks)]);
+    if (!planes || !scales || !sums) return 1;
+    const llmquant::Integers x = {planes.get(), scales.get(), sums.get()};
+    llmquant::share(task->tokens, 1, task->threads, task->tokens * task->columns,
+                    [&](int64_t first, int64_t last) { kernels.to_integers(*task, x, first, last); });
+    llmquant::share(llmquant::panels(*task), 1, task->threads, task->tokens * task->rows * task->columns,
+                    [&](int64_t first, int64_t last) { kernels.multiply(*task, x, first, last); });
     return 0;
 }
 
 void llmquant_dequantize(const LlmquantLinear* task) {
     const llmquant::LinearKernels& kernels = *llmquant::usable_level(task->level).linear;
-    llmquant::share_rows(task->rows, 1, task->threads, task->rows * task->columns,
-                         [&](int64_t first, int64_t last) { kernels.dequantize(*task, first, last); });
+    llmquant::share(llmquant::panels(*task), 1, task->threads, task->rows * task->columns,
+                    [&](int64_t first, int64_t last) { kernels.dequantize(*task, first, last); });
 }
 
 void llmquant_round_columns(const LlmquantColumns* task) {
     const llmquant::SolveKernels& kernels = *llmquant::usable_level(task->level).solve;
-    llmquant::share_rows(task->rows, kernels.tile, task->threads, task->rows * task->columns * task->columns,
-                         [&](int64_t first, int64_t last) { kernels.round_columns(*task, first, last); });
+    llmquant::share(task->rows, kernels.tile, task->threads, task->rows * task->columns * task->columns,
+                    [&](int64_t first, int64_t last) { kernels.round_columns(*task, first, last); });
 }
 
 void llmquant_search_grids(const LlmquantColumns* task) {
     const llmquant::SolveKernels& kernels = *llmquant::usable_level(task->level).solve;
-    llmquant::share_rows(task->rows, kernels.tile, task->threads, task->rows * task->columns * task->candidate_count,
-                         [&](int64_t first, int64_t last) { kernels.search_grids(*task, first, last); });
+    llmquant::share(task->rows, kernels.tile, task->threads, task->rows * task->columns * task->candidate_count,
+                    [&](int64_t first, int64_t last) { kernels.search_grids(*task, first, last); });
 }

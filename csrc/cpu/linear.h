@@ -2,28 +2,59 @@
 //
 //   y[t][r] = bias[r] + sum_i x[t][i] * scales[r][i / group] * (codes[r][i] - zeros[r][i / group])
 //
-// A row of codes takes ceil(columns * bits / 8) bytes, the low nibble first. Everything else is dense and row-major.
+// A weight stands in panels of 16 rows, filled up with rows of zeros. A panel is a sequence of 64-byte steps, 4 bytes to
+// a row: with 4 bits a step is 8 columns, columns 0..3 in the low nibbles and 4..7 in the high ones; with 8 bits it is 4
+// columns. Columns are filled up to a multiple of 32. So a step is one vector that is multiplied as it is loaded, and a
+// thread reads one stream of memory. Scales and zeros stand likewise, 16 rows to a group.
+//
+// Activations become integers, block by block with a scale of their own: one plane of 8 bits, or two of 8 that make 15.
 #pragma once
 
 #include <cstdint>
 
 #include "levels.h"
 
+#define LLMQUANT_PANEL 16    // rows
+#define LLMQUANT_CHUNK 32    // columns: every group and block is whole chunks
+#define LLMQUANT_BLOCK_MOST 128  // columns whose activations share a scale, where a group has more
+
 // Mirrored in llmquant/kernels/cpu.py; a change of either needs a new value of llmquant_abi.
 struct LlmquantLinear {
-    const float* x;        // [tokens][columns]; llmquant_dequantize does not read it
-    const uint8_t* codes;  // [rows][ceil(columns * bits / 8)]
-    const float* scales;   // [rows][ceil(columns / group)]
-    const uint8_t* zeros;  // like scales; null: 2^(bits - 1) everywhere
-    const float* bias;     // [rows]; null: none
-    float* y;              // [tokens][rows]; of llmquant_dequantize [rows][columns]
+    const float* x;          // [tokens][columns]; llmquant_dequantize does not read it
+    const uint8_t* codes;    // [panels][steps][16][4]
+    const void* scales;      // [panels][ceil(columns / group)][16]
+    const uint8_t* zeros;    // like scales; null: 2^(bits - 1) everywhere
+    const float* bias;       // [rows]; null: none
+    float* y;                // [tokens][rows]; of llmquant_dequantize the transposed weight, [columns][rows]
     int64_t tokens, rows, columns;
     int64_t group;    // columns that share a scale: a multiple of 32, or all
     int64_t bits;     // 4 or 8
+    int64_t planes;   // 1 or 2
+    int64_t kind;     // of scales: 0 bf16, 1 fp16, 2 fp32
     int64_t threads;  // at most; at least 1
     int64_t level;    // instruction set: an index of llmquant_level
 };
 
-// 0, or 1 if there is no memory for the arranged copy of x.
+// 0, or 1 if there is no memory for the integers of x.
 LLMQUANT_EXPORT int64_t llmquant_linear(const LlmquantLinear* task);
 LLMQUANT_EXPORT void llmquant_dequantize(const LlmquantLinear* task);
+
+namespace llmquant {
+
+// x in integers: x[t][i] = scale[t][i / block] * integer, and the sum of each block's integers.
+struct Integers {
+    int8_t* planes;  // [tokens][planes][padded]; with two, the integer is 128 * the first + the second
+    float* scales;   // [tokens][blocks]
+    int32_t* sums;   // [tokens][blocks]
+};
+
+constexpr int64_t padded(int64_t columns) { return (columns + LLMQUANT_CHUNK - 1) / LLMQUANT_CHUNK * LLMQUANT_CHUNK; }
+// Columns whose activations share a scale: those of a group, if they are whole chunks and not too many.
+constexpr int64_t block_of(const LlmquantLinear& task) {
+    return task.group % LLMQUANT_CHUNK == 0 && task.group <= LLMQUANT_BLOCK_MOST ? task.group : LLMQUANT_BLOCK_MOST;
+}
+constexpr int64_t blocks_of(const LlmquantLinear& task) {
+    return (task.columns + block_of(task) - 1) / block_of(task);
+}
+
+}  // namespace llmquant

@@ -1,197 +1,277 @@
-// The kernels, for the instruction set that the build names in LLMQUANT_LEVEL and turns on by compiler flags.
+// Products with packed weights, for the instruction set that the build names in LLMQUANT_LEVEL.
 
+#include "dot.h"
 #include "linear.h"
-#include "vectors.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace llmquant {
 namespace {
 
-// ACCUMULATORS vectors are summed up at a time, so that they and the weights fit the registers.
-#if defined(__AVX512F__)
-constexpr int ACCUMULATORS = 16;
-#else
-constexpr int ACCUMULATORS = 8;
-#endif
+constexpr int64_t PANEL = LLMQUANT_PANEL;
+constexpr int64_t CHUNK = LLMQUANT_CHUNK;
+constexpr int V = PANEL / LANES;   // vectors in a step
+constexpr int64_t STEP = 4 * PANEL;  // bytes
 
-constexpr int64_t BLOCK = 4;  // rows whose codes stay in the first-level cache while all tokens pass
+// Rows of x (tokens times planes, twice that with 8 bits) that are multiplied at once: what fits the registers.
+constexpr int MOST = LANES == 16 ? 12 : LANES == 8 ? 4 : 2;
+constexpr int panels_at_once(int rows) { return LANES == 16 ? (rows <= 4 ? 4 : rows <= 12 ? 2 : 1) : LANES == 8 && rows == 1 ? 2 : 1; }
 
-// Columns are taken a chunk at a time: two vectors of them. With 4 bits a chunk is LANES bytes, whose low nibbles are
-// the even columns and whose high nibbles are the odd ones; x is arranged to match. 32 columns are whole chunks.
-constexpr int64_t CHUNK = 2 * LANES;
+constexpr int64_t CACHED = 1 << 18;  // bytes of x that stay in the second-level cache while the panels pass
 
-using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
-using Bytes = uint8_t __attribute__((vector_size(LANES)));
+using Bytes = int8_t __attribute__((vector_size(LANES)));
 
-struct Pair {
-    Float first, second;
+Float nearest_integer(Float x) { return (x + 12582912.0f) - 12582912.0f; }  // below 2^22, halves to even
+
+template <typename Vector>
+auto sum(Vector value) {
+    auto total = value[0];
+    for (int i = 1; i < LANES; ++i) total += value[i];
+    return total;
+}
+
+// ---- activations to integers
+
+// `count` activations of one block. NaN and Inf make the scale NaN, and so all that is computed with it.
+template <int PLANES>
+void block_to_integers(const float* from, int64_t count, int64_t width, int8_t* to, int64_t stride, float* scale,
+                       int32_t* total) {
+    constexpr float LIMIT = PLANES == 1 ? 127.0f : 127.0f * 128.0f + 63.0f;
+    float x[LLMQUANT_BLOCK_MOST] = {};
+    __builtin_memcpy(x, from, count * sizeof(float));
+    Float largest = {}, probe = {};
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Float value = load<Float>(x + i);
+        const Float size = (Float)((Int)value & 0x7fffffff);
+        largest = size > largest ? size : largest;
+        probe += value - value;
+    }
+    float most = largest[0];
+    for (int i = 1; i < LANES; ++i) most = largest[i] > most ? largest[i] : most;
+    const float broken = sum(probe);
+    const bool usable = broken == 0.0f && most > 1e-30f;
+    const float inverse = usable ? LIMIT / most : 0.0f;
+    Int integers = {};
+    for (int64_t i = 0; i < width; i += LANES) {
+        const Float scaled = usable ? load<Float>(x + i) * inverse : Float{};
+        const Int integer = __builtin_convertvector(nearest_integer(scaled), Int);
+        integers += integer;
+        if (PLANES == 1) {
+            store(to + i, __builtin_convertvector(integer, Bytes));
+        } else {
+            const Int high = (integer + 64) >> 7;
+            store(to + i, __builtin_convertvector(high, Bytes));
+            store(to + stride + i, __builtin_convertvector(integer - (high << 7), Bytes));
+        }
+    }
+    *scale = (usable ? most / LIMIT : 0.0f) + broken;
+    *total = sum(integers);
+}
+
+template <int PLANES>
+void to_integers(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last) {
+    const int64_t stride = padded(task.columns), block = block_of(task), blocks = blocks_of(task);
+    for (int64_t t = first; t < last; ++t)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t start = b * block, count = min(block, task.columns - start);
+            block_to_integers<PLANES>(task.x + t * task.columns + start, count, min(block, stride - start),
+                                      x.planes + t * PLANES * stride + start, stride, x.scales + t * blocks + b,
+                                      x.sums + t * blocks + b);
+        }
+}
+
+void to_integers_any(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last) {
+    task.planes == 1 ? to_integers<1>(task, x, first, last) : to_integers<2>(task, x, first, last);
+}
+
+// ---- weights
+
+Int low_nibbles(Int bytes) { return bytes & 0x0f0f0f0f; }
+Int high_nibbles(Int bytes) { return bytes >> 4 & 0x0f0f0f0f; }
+
+// Bytes of a panel from its start to a column.
+template <int BITS>
+constexpr int64_t offset(int64_t column) {
+    return column * PANEL * BITS / 8;
+}
+
+// The scales and zero points of one group of a panel, the rows of vector v.
+struct Grid {
+    Grid(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
+        const int64_t groups = ceil_div(task.columns, task.group), at = (panel * groups + group) * PANEL + v * LANES;
+        using Octets = uint8_t __attribute__((vector_size(LANES)));
+        scale = task.kind == 2 ? load<Float>(static_cast<const float*>(task.scales) + at)
+                               : from_half(static_cast<const uint16_t*>(task.scales) + at, task.kind == 1);
+        zero = task.zeros ? __builtin_convertvector(load<Octets>(task.zeros + at), Int)
+                          : Int{} + (1 << (task.bits - 1));
+    }
+
+    // bf16 is the upper half of a float. fp16 with its bits put in place lacks 112 in the exponent; no scale is Inf or NaN.
+    static Float from_half(const uint16_t* from, bool ieee) {
+        using Words = uint16_t __attribute__((vector_size(2 * LANES)));
+        const Int word = __builtin_convertvector(load<Words>(from), Int);
+        if (!ieee) return (Float)(word << 16);
+        const Float magnitude = (Float)((word & 0x7fff) << 13) * 0x1p112f;
+        return (Float)((Int)magnitude | (word & 0x8000) << 16);
+    }
+
+    Float scale;
+    Int zero;
 };
 
-// The intrinsics are there because GCC makes a dozen instructions of the conversion, in place of one.
-Int widen(const uint8_t* from) {
-#if defined(__AVX512F__)
-    return (Int)_mm512_cvtepu8_epi32(load<__m128i>(from));
-#elif defined(__AVX2__)
-    return (Int)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#else
-    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Shorts), Int);
-#endif
-}
+// ---- products
 
-float sum(Float value) {
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) value[i] += value[i + half];
-    return value[0];
-}
-
-int64_t padded(int64_t columns) { return ceil_div(columns, CHUNK) * CHUNK; }
-
-// One row of a weight, unpacked chunk by chunk.
-template <int BITS>
-class Row {
+// PANELS panels times TOKENS tokens. Sums of integers are exact and those of blocks are added in order, so a token's
+// result depends neither on its company nor on the instruction set, but for the rounding of fused products.
+template <int BITS, int PLANES, int PANELS, int TOKENS>
+class Tile {
   public:
-    void open(const LlmquantLinear& task, int64_t row) {
-        const int64_t groups = ceil_div(task.columns, task.group);
-        codes = task.codes + row * ceil_div(task.columns * BITS, 8);
-        scales = task.scales + row * groups;
-        zeros = task.zeros ? task.zeros + row * groups : nullptr;
-        whole = task.columns / CHUNK;
-        // The last, partial chunk is copied, because the bytes after it may not be ours.
-        __builtin_memset(tail, 0, BYTES);
-        __builtin_memcpy(tail, codes + whole * BYTES, ceil_div((task.columns - whole * CHUNK) * BITS, 8));
-    }
+    Tile(const LlmquantLinear& task_, const Integers& x_, int64_t panel_, int64_t token_)
+        : task(task_), x(x_), panel(panel_), token(token_), stride(padded(task_.columns)) {}
 
-    void enter(int64_t group) {
-        scale = scales[group];
-        shift = -scale * static_cast<float>(zeros ? zeros[group] : 1 << (BITS - 1));
-    }
-
-    // A chunk's weights in the order of `arrange`.
-    Pair weights(int64_t chunk) const {
-        const uint8_t* from = at(chunk);
-        if constexpr (BITS == 8) return {weight(widen(from)), weight(widen(from + LANES))};
-        const Int octets = widen(from);
-        return {weight(octets & 15), weight(octets >> 4)};
-    }
-
-    // A chunk's weights from left to right.
-    Pair in_order(int64_t chunk) const {
-        if constexpr (BITS == 8) return weights(chunk);
-        const Shorts octets = __builtin_convertvector(load<Bytes>(at(chunk)), Shorts);
-        const Shorts nibbles = (octets & 0x0f) | (octets & 0xf0) << 4;  // one to a byte
-        uint8_t bytes[sizeof nibbles];
-        __builtin_memcpy(bytes, &nibbles, sizeof nibbles);
-        return {weight(widen(bytes)), weight(widen(bytes + LANES))};
+    void multiply() {
+        const int64_t block = block_of(task), blocks = blocks_of(task);
+        Float totals[TOKENS][PANELS][V] = {};
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t first = b * block, last = min(first + block, stride);
+            Sums sums[PLANES][TOKENS] = {};
+            for (int64_t from = first; from < last; from += WIDE ? block : CHUNK)
+                accumulate(from, WIDE ? last : from + CHUNK, sums);
+            const int64_t group = first / task.group;
+            for (int p = 0; p < PANELS; ++p)
+                for (int v = 0; v < V; ++v) {
+                    const Grid grid(task, panel + p, group, v);
+                    for (int t = 0; t < TOKENS; ++t) {
+                        const int64_t at = (token + t) * blocks + b;
+                        Int integer = sums[0][t].of[p][v];
+                        if (PLANES == 2) integer = (integer << 7) + sums[PLANES - 1][t].of[p][v];
+                        integer -= grid.zero * x.sums[at];
+                        totals[t][p][v] += __builtin_convertvector(integer, Float) * (grid.scale * x.scales[at]);
+                    }
+                }
+        }
+        for (int t = 0; t < TOKENS; ++t)
+            for (int p = 0; p < PANELS; ++p) write(totals[t][p], token + t, (panel + p) * PANEL);
     }
 
   private:
-    static constexpr int64_t BYTES = CHUNK * BITS / 8;
+    static constexpr int SPLIT = BITS / 4;  // 8-bit codes are multiplied nibble by nibble
 
-    const uint8_t* at(int64_t chunk) const { return chunk < whole ? codes + chunk * BYTES : tail; }
+    struct Sums {
+        Int of[PANELS][V];
+    };
 
-    Float weight(Int code) const { return __builtin_convertvector(code, Float) * scale + shift; }
+    // The products of columns [from, to): one chunk, or any number where partial sums are wide.
+    void accumulate(int64_t from, int64_t to, Sums (&sums)[PLANES][TOKENS]) const {
+        Partial parts[SPLIT][PLANES][TOKENS][PANELS][V] = {};
+        const int8_t* at = x.planes + token * PLANES * stride;
+        const uint8_t* codes = task.codes + panel * offset<BITS>(stride);
+        for (int64_t column = from; column < to; column += 32 / BITS) {
+            Int low[PANELS][V], high[PANELS][V];
+            for (int p = 0; p < PANELS; ++p)
+                for (int v = 0; v < V; ++v) {
+                    const Int bytes = load<Int>(codes + p * offset<BITS>(stride) + offset<BITS>(column) + v * 4 * LANES);
+                    low[p][v] = low_nibbles(bytes);
+                    high[p][v] = high_nibbles(bytes);
+                }
+            for (int t = 0; t < TOKENS; ++t)
+                for (int plane = 0; plane < PLANES; ++plane) {
+                    const int8_t* row = at + (t * PLANES + plane) * stride + column;
+                    const Operand first = operand(row), second = BITS == 4 ? operand(row + 4) : first;
+                    for (int p = 0; p < PANELS; ++p)
+                        for (int v = 0; v < V; ++v) {
+                            Partial& lower = parts[0][plane][t][p][v];
+                            Partial& upper = parts[SPLIT - 1][plane][t][p][v];
+                            lower = add_products(lower, low[p][v], first);
+                            upper = add_products(upper, high[p][v], second);
+                        }
+                }
+        }
+        for (int plane = 0; plane < PLANES; ++plane)
+            for (int t = 0; t < TOKENS; ++t)
+                for (int p = 0; p < PANELS; ++p)
+                    for (int v = 0; v < V; ++v) {
+                        Int& sum = sums[plane][t].of[p][v];
+                        sum = flush(sum, parts[0][plane][t][p][v]);
+                        if (SPLIT == 2) sum += flush(Int{}, parts[SPLIT - 1][plane][t][p][v]) << 4;
+                    }
+    }
 
-    const uint8_t* codes;
-    const float* scales;
-    const uint8_t* zeros;
-    int64_t whole;
-    float scale, shift;
-    uint8_t tail[BYTES];
+    void write(const Float* values, int64_t t, int64_t row) const {
+        const int64_t count = min(PANEL, task.rows - row);
+        float lanes[PANEL];
+        for (int v = 0; v < V; ++v) store(lanes + v * LANES, values[v]);
+        if (task.bias)
+            for (int64_t r = 0; r < count; ++r) lanes[r] += task.bias[row + r];
+        __builtin_memcpy(task.y + t * task.rows + row, lanes, count * sizeof(float));
+    }
+
+    const LlmquantLinear& task;
+    const Integers& x;
+    const int64_t panel, token, stride;
 };
 
-template <int BITS>
-void arrange(const LlmquantLinear& task, float* arranged) {
-    const int64_t stride = padded(task.columns);
-    for (int64_t t = 0; t < task.tokens; ++t) {
-        const float* from = task.x + t * task.columns;
-        float* to = arranged + t * stride;
-        for (int64_t i = task.columns / CHUNK * CHUNK; i < stride; ++i) to[i] = 0.0f;
-        for (int64_t i = 0; i < task.columns; ++i) {
-            const int64_t place = i % CHUNK;
-            to[BITS == 4 ? i - place + place / 2 + place % 2 * LANES : i] = from[i];
+// Tokens [token, end) with panels [first, last): as many as make whole tiles. Returns the first token that is left.
+template <int BITS, int PLANES, int TOKENS>
+int64_t multiply_tiles(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last, int64_t token,
+                       int64_t end) {
+    constexpr int ROWS = TOKENS * PLANES * BITS / 4;
+    if constexpr (TOKENS == 1 || ROWS <= MOST) {
+        constexpr int PANELS = panels_at_once(ROWS);
+        for (; token + TOKENS <= end; token += TOKENS) {
+            int64_t panel = first;
+            for (; panel + PANELS <= last; panel += PANELS)
+                Tile<BITS, PLANES, PANELS, TOKENS>(task, x, panel, token).multiply();
+            for (; panel < last; ++panel) Tile<BITS, PLANES, 1, TOKENS>(task, x, panel, token).multiply();
         }
-    }
-}
-
-// ROWS x TOKENS products at once: each unpacked weight serves all tokens. Every product is summed in the same order
-// whatever the tile, so a token's result does not depend on the company it comes in.
-template <int BITS, int ROWS, int TOKENS>
-void multiply_tile(const LlmquantLinear& task, const float* arranged, int64_t first, int64_t token) {
-    const int64_t stride = padded(task.columns), chunks = stride / CHUNK;
-    const float* x = arranged + token * stride;
-    Row<BITS> rows[ROWS];
-    Float total[ROWS][TOKENS] = {};
-    for (int r = 0; r < ROWS; ++r) rows[r].open(task, first + r);
-    for (int64_t group = 0, chunk = 0; chunk < chunks; ++group) {
-        for (int r = 0; r < ROWS; ++r) rows[r].enter(group);
-        for (const int64_t end = min(chunks, chunk + ceil_div(task.group, CHUNK)); chunk < end; ++chunk)
-            for (int r = 0; r < ROWS; ++r) {
-                const Pair w = rows[r].weights(chunk);
-                for (int t = 0; t < TOKENS; ++t) {
-                    const float* at = x + t * stride + chunk * CHUNK;
-                    total[r][t] += w.first * load<Float>(at);
-                    total[r][t] += w.second * load<Float>(at + LANES);
-                }
-            }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int t = 0; t < TOKENS; ++t)
-            task.y[(token + t) * task.rows + first + r] = sum(total[r][t]) + (task.bias ? task.bias[first + r] : 0.0f);
-}
-
-// As many tokens as make whole tiles; returns the first one that is left.
-template <int BITS, int TOKENS>
-int64_t multiply_block(const LlmquantLinear& task, const float* arranged, int64_t first, int64_t last, int64_t token) {
-    constexpr int ROWS = ACCUMULATORS / TOKENS < BLOCK ? ACCUMULATORS / TOKENS : BLOCK;
-    for (; token + TOKENS <= task.tokens; token += TOKENS) {
-        int64_t row = first;
-        for (; row + ROWS <= last; row += ROWS) multiply_tile<BITS, ROWS, TOKENS>(task, arranged, row, token);
-        for (; row < last; ++row) multiply_tile<BITS, 1, TOKENS>(task, arranged, row, token);
     }
     return token;
 }
 
-template <int BITS>
-void multiply(const LlmquantLinear& task, const float* arranged, int64_t first, int64_t last) {
-    for (; first < last; first += BLOCK) {
-        const int64_t end = min(last, first + BLOCK);
-        int64_t token = multiply_block<BITS, 8>(task, arranged, first, end, 0);
-        token = multiply_block<BITS, 4>(task, arranged, first, end, token);
-        token = multiply_block<BITS, 2>(task, arranged, first, end, token);
-        multiply_block<BITS, 1>(task, arranged, first, end, token);
-    }
+template <int BITS, int PLANES>
+void multiply(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last) {
+    constexpr int64_t TOGETHER = 4;  // panels that stay in cache while some tokens pass
+    const int64_t some = CACHED / (padded(task.columns) * PLANES) / 12 * 12 + 12;
+    for (int64_t token = 0; token < task.tokens; token += some)
+        for (int64_t panel = first; panel < last; panel += TOGETHER) {
+            const int64_t end = min(task.tokens, token + some), until = min(last, panel + TOGETHER);
+            int64_t t = multiply_tiles<BITS, PLANES, 12>(task, x, panel, until, token, end);
+            t = multiply_tiles<BITS, PLANES, 4>(task, x, panel, until, t, end);
+            t = multiply_tiles<BITS, PLANES, 2>(task, x, panel, until, t, end);
+            multiply_tiles<BITS, PLANES, 1>(task, x, panel, until, t, end);
+        }
 }
+
+void multiply_any(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last) {
+    if (task.bits == 4)
+        task.planes == 1 ? multiply<4, 1>(task, x, first, last) : multiply<4, 2>(task, x, first, last);
+    else
+        task.planes == 1 ? multiply<8, 1>(task, x, first, last) : multiply<8, 2>(task, x, first, last);
+}
+
+// ---- the real weight, transposed
 
 template <int BITS>
 void dequantize(const LlmquantLinear& task, int64_t first, int64_t last) {
-    const int64_t chunks = padded(task.columns) / CHUNK;
-    Row<BITS> row;
-    for (int64_t r = first; r < last; ++r) {
-        row.open(task, r);
-        for (int64_t group = 0, chunk = 0; chunk < chunks; ++group) {
-            row.enter(group);
-            for (const int64_t end = min(chunks, chunk + ceil_div(task.group, CHUNK)); chunk < end; ++chunk) {
-                const Pair w = row.in_order(chunk);
-                const int64_t column = chunk * CHUNK, count = min(CHUNK, task.columns - column);
-                float* to = task.y + r * task.columns + column;
-                if (count == CHUNK)
-                    __builtin_memcpy(to, &w, sizeof w);
-                else
-                    __builtin_memcpy(to, &w, count * sizeof(float));
+    constexpr int64_t COLUMNS = 32 / BITS;  // in a step
+    constexpr int MASK = (1 << BITS) - 1;
+    for (int64_t panel = first; panel < last; ++panel) {
+        const uint8_t* codes = task.codes + panel * offset<BITS>(padded(task.columns));
+        const int64_t count = min(PANEL, task.rows - panel * PANEL);
+        for (int64_t column = 0; column < task.columns; ++column) {
+            const int64_t step = column / COLUMNS, place = column % COLUMNS;
+            float* to = task.y + column * task.rows + panel * PANEL;
+            float lanes[PANEL];
+            for (int v = 0; v < V; ++v) {
+                const Grid grid(task, panel, column / task.group, v);
+                const Int bytes = load<Int>(codes + step * STEP + v * 4 * LANES);
+                const Int code = bytes >> static_cast<int>(place % 4 * 8 + place / 4 * 4) & MASK;
+                store(lanes + v * LANES, __builtin_convertvector(code - grid.zero, Float) * grid.scale);
             }
+            if (count == PANEL)
+                __builtin_memcpy(to, lanes, sizeof lanes);
+            else
+                __builtin_memcpy(to, lanes, count * sizeof(float));
         }
     }
-}
-
-void arrange_any(const LlmquantLinear& task, float* arranged) {
-    task.bits == 4 ? arrange<4>(task, arranged) : arrange<8>(task, arranged);
-}
-
-void multiply_any(const LlmquantLinear& task, const float* arranged, int64_t first, int64_t last) {
-    task.bits == 4 ? multiply<4>(task, arranged, first, last) : multiply<8>(task, arranged, first, last);
 }
 
 void dequantize_any(const LlmquantLinear& task, int64_t first, int64_t last) {
@@ -201,7 +281,7 @@ void dequantize_any(const LlmquantLinear& task, int64_t first, int64_t last) {
 }  // namespace
 
 namespace LLMQUANT_LEVEL {
-const LinearKernels linear = {padded, arrange_any, multiply_any, dequantize_any};
+const LinearKernels linear = {to_integers_any, multiply_any, dequantize_any};
 }
 
 }  // namespace llmquant

@@ -31,13 +31,13 @@ class Answer:
         return f"{self.new_tokens} tokens in {self.seconds:.2f} s ({rate:.1f} tokens/s), kernel: {self.backend}"
 
 
-def generate(directory: Path, prompt: str, *, max_new_tokens: int = 128) -> Answer:
+def generate(directory: Path, prompt: str, *, max_new_tokens: int = 128, precision: str = "exact") -> Answer:
     """Continue `prompt` greedily; through the chat template where the tokenizer has one.
 
     Raises:
         CheckpointError: the directory cannot be loaded, or has no tokenizer.
     """
-    model: Any = load(directory)  # generate() is a mixin that the base class does not declare
+    model: Any = load(directory, precision=precision)  # generate() is a mixin that the base class does not declare
     tokenizer = load_tokenizer(directory)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]

@@ -10,31 +10,36 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmquant.checkpoint.reader import Checkpoint
-from llmquant.errors import CheckpointError
+from llmquant.errors import CheckpointError, RecipeError
 from llmquant.formats import for_config
+from llmquant.kernels.cpu import PLANES
 from llmquant.model.shell import check_finite, empty_model, place, read_config, stored_as, tied_names
 from llmquant.runtime.linear import QuantLinear
 
 GENERATION = "generation_config.json"
 
 
-def load(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(directory: str | Path, dtype: torch.dtype | None = None, precision: str = "exact") -> PreTrainedModel:
     """The causal language model of a checkpoint, quantized or not, on the CPU and in eval mode.
 
     `dtype` is that of activations and of all that is not quantized; the checkpoint's own if not given.
+    `precision` is that of products with packed weights on the CPU: "exact", which errs less than bf16 does, or "int8".
 
     Raises:
         CheckpointError: a tensor is missing, malformed or does not fit config.json.
+        RecipeError: `precision` is neither.
         ArchitectureError: transformers does not know the model.
         NumericsError: a tensor holds NaN or Inf.
     """
+    if precision not in PLANES:
+        raise RecipeError(f"precision: {precision!r} is none; use one of {', '.join(PLANES)}")
     source = Checkpoint.open(directory)
     config = read_config(source)
     dtype = dtype or stored_dtype(config)
     model = empty_model(config)
     model.config.dtype = dtype
     names = [name for name in model.state_dict() if name not in tied_names(model)]
-    packed = quantize_linears(model, source)
+    packed = quantize_linears(model, source, precision)
     for name in names:
         if name not in packed:
             _place(model, name, _read(name, model, source), dtype)
@@ -49,7 +54,7 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def quantize_linears(model: PreTrainedModel, source: Checkpoint) -> set[str]:
+def quantize_linears(model: PreTrainedModel, source: Checkpoint, precision: str) -> set[str]:
     """Put a QuantLinear in the place of each linear that is quantized; the names of the weights they replace."""
     block = source.config.get("quantization_config")
     if not block:
@@ -60,7 +65,9 @@ def quantize_linears(model: PreTrainedModel, source: Checkpoint) -> set[str]:
     for name, scheme in schemes.items():
         m, n = linears[name].weight.shape
         q = layout.unpack(name, lambda tensor: _read(tensor, model, source), m, n, scheme)
-        model.set_submodule(name, QuantLinear.from_quantized(q, scheme, linears[name].bias))
+        linear = QuantLinear.from_quantized(q, scheme, linears[name].bias)
+        linear.precision = precision
+        model.set_submodule(name, linear)
     return {f"{name}.weight" for name in schemes}
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmquant.kernels.reference import pack_codes
-from llmquant.scheme import Scheme
+from llmquant.kernels.layout import Panels, pack
+from llmquant.scheme import Quantized, Scheme
 
 SCHEMES = [Scheme(bits, g, sym) for bits in (4, 8) for g in (32, 128, -1) for sym in (True, False)]
 
@@ -15,14 +15,9 @@ class Weight(NamedTuple):
     """What a kernel is given, and what it stands for."""
 
     scheme: Scheme
-    packed: Tensor
-    scales: Tensor
-    zeros: Tensor | None
+    panels: Panels
+    q: Quantized
     real: Tensor  # float64 [m, n]
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.packed, self.scales, self.zeros
 
 
 def weight(scheme: Scheme, m: int, n: int, seed: int = 0) -> Weight:
@@ -39,7 +34,8 @@ def weight(scheme: Scheme, m: int, n: int, seed: int = 0) -> Weight:
         for column in range(n):
             group = column // scheme.width(n)
             real[row, column] = float(scales[row, group]) * (int(codes[row, column]) - int(zeros[row, group]))
-    return Weight(scheme, pack_codes(codes, scheme.bits), scales, None if scheme.symmetric else zeros, real)
+    q = Quantized(codes, scales, zeros)
+    return Weight(scheme, pack(q, scheme), q, real)
 
 
 def relative_error(y: Tensor, exact: Tensor) -> float:

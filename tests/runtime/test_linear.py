@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmquant.kernels.layout import unpack
 from llmquant.runtime.linear import QuantLinear
 from llmquant.scheme import Quantized, Scheme, dequantize
 
@@ -15,7 +16,7 @@ def quantized(scheme: Scheme, m: int = 12, n: int = 64) -> Quantized:
     zeros = torch.full(grid, scheme.midpoint, dtype=torch.uint8)
     if not scheme.symmetric:
         zeros = torch.randint(0, scheme.max_code + 1, grid, dtype=torch.uint8, generator=generator)
-    return Quantized(codes, torch.rand(grid, generator=generator), zeros)
+    return Quantized(codes, torch.rand(grid, generator=generator).bfloat16().float(), zeros)
 
 
 @pytest.mark.parametrize("tokens", [1, 50])
@@ -33,7 +34,7 @@ def test_it_computes_what_the_dequantized_linear_computes(scheme: Scheme, bias: 
 def test_it_holds_the_bytes_that_its_scheme_promises() -> None:
     linear = QuantLinear.from_quantized(quantized(Scheme(4, 32)), Scheme(4, 32))
     sizes = {name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in linear.named_buffers()}
-    assert sizes == {"packed": (torch.uint8, (12, 32)), "scales": (torch.float32, (12, 2))}
+    assert sizes == {"codes": (torch.uint8, (1, 8, 16, 4)), "scales": (torch.bfloat16, (1, 2, 16))}
     assert list(linear.parameters()) == []
     assert repr(linear) == "QuantLinear(in_features=64, out_features=12, int4 g32 symmetric)"
 
@@ -43,7 +44,7 @@ def test_a_cast_of_the_model_leaves_the_scales_alone() -> None:
     q = quantized(scheme)
     model = nn.Sequential(QuantLinear.from_quantized(q, scheme, nn.Parameter(torch.ones(12)))).half()
     linear = model[0]
-    assert torch.equal(linear.scales, q.scales)
+    assert torch.equal(unpack(linear.panels, 12, 64, scheme).scales, q.scales)
     assert linear.bias.dtype == torch.float16
     assert model(torch.ones(1, 64, dtype=torch.float16)).dtype == torch.float16
 

@@ -54,7 +54,7 @@ def dense_twin(packed: PreTrainedModel, original: Path) -> PreTrainedModel:
     twin = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
     for name, module in packed.named_modules():
         if isinstance(module, QuantLinear):
-            identity = QuantLinear(module.in_features, module.scheme, module.packed, module.scales, module.zeros)
+            identity = QuantLinear(module.out_features, module.in_features, module.scheme, module.panels)
             twin.get_submodule(name).weight.data = identity(torch.eye(module.in_features)).T.contiguous()
     return twin
 
