@@ -12,10 +12,10 @@ MODEL := .cache/smollm2-135m
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py CMakeLists.txt) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test clients lint bench clean
+.PHONY: help setup model demo test clients sanitize lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## .venv with llmquant and its native kernels (PYTHON=python3.12, TORCH=torch==2.13.0)
 
@@ -51,6 +51,13 @@ $(CLIENTS_READY): $(BUILD_INPUTS)
 	$(CLIENTS)/python -m pip install --no-deps gptqmodel==7.7.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 \
 		pillow pypcre==0.6.4 threadpoolctl tokenicer==0.0.14
 	@touch $@
+
+sanitize: $(READY) ## the tests of native code, with AddressSanitizer and UBSan in it (GCC)
+	cmake -S . -B build/sanitize -DLLMQUANT_SANITIZE=ON -DLLMQUANT_OUTPUT=$(CURDIR)/build/sanitize
+	cmake --build build/sanitize --parallel
+	LLMQUANT_LIBRARY=$(CURDIR)/build/sanitize/llmquant_cpu.so ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest tests/kernels tests/solve/test_columns.py
 
 lint: $(READY) ## style, types, import direction, sizes
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """The native library of csrc/cpu: whether it is there, and on which instruction set it runs.
 
-LLMQUANT_BACKEND=reference leaves it alone, LLMQUANT_BACKEND=native makes its absence an error. What is used is said by
-`describe_backend`: a fallback is never silent.
+LLMQUANT_BACKEND=reference leaves it alone, LLMQUANT_BACKEND=native makes its absence an error, LLMQUANT_LIBRARY names
+another build of it. What is used is said by `describe_backend`: a fallback is never silent.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmquant.errors import RecipeError
 
-LIBRARY = Path(__file__).parent / "_native" / "llmquant_cpu.so"
+LIBRARY = Path(os.environ.get("LLMQUANT_LIBRARY") or Path(__file__).parent / "_native" / "llmquant_cpu.so")
 VARIABLE = "LLMQUANT_BACKEND"
 ABI = 3
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import SCHEMES, weight
 
@@ -10,6 +10,7 @@ from llmquant.kernels.layout import pack, unpack
 from llmquant.scheme import Quantized, Scheme
 
 
+@settings(deadline=None)
 @given(st.sampled_from(SCHEMES), st.integers(1, 40), st.integers(1, 170))
 def test_the_weight_comes_back(scheme: Scheme, m: int, n: int) -> None:
     w = weight(scheme, m, n)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import SCHEMES, Weight, relative_error, weight
 
-from llmquant.kernels import reference
+from llmquant.kernels import ops, reference  # noqa: F401  (ops registers the operator)
 from llmquant.scheme import Scheme
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, int, str]
