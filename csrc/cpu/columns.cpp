@@ -108,8 +108,7 @@ class Trial {
 };
 
 // The best of the candidates for each row.
-void search_grid(const LlmquantColumns& task, const Float (*columns)[WIDTH], int64_t first, int64_t width,
-                 Grid* best) {
+void search_grid(const LlmquantColumns& task, const Float (*columns)[WIDTH], int64_t first, int64_t width, Grid* best) {
     Float low[WIDTH] = {}, high[WIDTH] = {}, least[WIDTH];
     for (int64_t j = 0; j < width; ++j)
         for (int64_t v = 0; v < WIDTH; ++v) {
@@ -190,7 +189,8 @@ class Tile {
         }
         copy_in(scales, count, scale);
         copy_in(zeros, count, zero);
-        for (int64_t v = 0; v < WIDTH; ++v) grids[v] = Grid(scale[v], zero[v], static_cast<float>((1 << task.bits) - 1));
+        for (int64_t v = 0; v < WIDTH; ++v)
+            grids[v] = Grid(scale[v], zero[v], static_cast<float>((1 << task.bits) - 1));
     }
 
     // Replaces column j by what the later columns are to feel of it.

@@ -27,7 +27,8 @@ bool supports_avx512() {
 const Level* levels() {
     static const Level all[] = {
 #if defined(__x86_64__)
-        {"AVX-512 VNNI", &avx512vnni::linear, &avx512::solve, supports_avx512() && __builtin_cpu_supports("avx512vnni")},
+        {"AVX-512 VNNI", &avx512vnni::linear, &avx512::solve,
+         supports_avx512() && __builtin_cpu_supports("avx512vnni")},
         {"AVX-512", &avx512::linear, &avx512::solve, supports_avx512()},
         {"AVX2", &avx2::linear, &avx2::solve, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif

@@ -2,10 +2,10 @@
 //
 //   y[t][r] = bias[r] + sum_i x[t][i] * scales[r][i / group] * (codes[r][i] - zeros[r][i / group])
 //
-// A weight stands in panels of 16 rows, filled up with rows of zeros. A panel is a sequence of 64-byte steps, 4 bytes to
-// a row: with 4 bits a step is 8 columns, columns 0..3 in the low nibbles and 4..7 in the high ones; with 8 bits it is 4
-// columns. Columns are filled up to a multiple of 32. So a step is one vector that is multiplied as it is loaded, and a
-// thread reads one stream of memory. Scales and zeros stand likewise, 16 rows to a group.
+// A weight stands in panels of 16 rows, filled up with rows of zeros. A panel is a sequence of 64-byte steps, 4 bytes
+// to a row: with 4 bits a step is 8 columns, columns 0..3 in the low nibbles and 4..7 in the high ones; with 8 bits it
+// is 4 columns. Columns are filled up to a multiple of 32. So a step is one vector that is multiplied as it is loaded,
+// and a thread reads one stream of memory. Scales and zeros stand likewise, 16 rows to a group.
 //
 // Activations become integers, block by block with a scale of their own: one plane of 8 bits, or two of 8 that make 15.
 #pragma once
@@ -14,18 +14,18 @@
 
 #include "levels.h"
 
-#define LLMQUANT_PANEL 16    // rows
-#define LLMQUANT_CHUNK 32    // columns: every group and block is whole chunks
+#define LLMQUANT_PANEL 16        // rows
+#define LLMQUANT_CHUNK 32        // columns: every group and block is whole chunks
 #define LLMQUANT_BLOCK_MOST 128  // columns whose activations share a scale, where a group has more
 
 // Mirrored in llmquant/kernels/cpu.py; a change of either needs a new value of llmquant_abi.
 struct LlmquantLinear {
-    const float* x;          // [tokens][columns]; llmquant_dequantize does not read it
-    const uint8_t* codes;    // [panels][steps][16][4]
-    const void* scales;      // [panels][ceil(columns / group)][16]
-    const uint8_t* zeros;    // like scales; null: 2^(bits - 1) everywhere
-    const float* bias;       // [rows]; null: none
-    float* y;                // [tokens][rows]; of llmquant_dequantize the transposed weight, [columns][rows]
+    const float* x;        // [tokens][columns]; llmquant_dequantize does not read it
+    const uint8_t* codes;  // [panels][steps][16][4]
+    const void* scales;    // [panels][ceil(columns / group)][16]
+    const uint8_t* zeros;  // like scales; null: 2^(bits - 1) everywhere
+    const float* bias;     // [rows]; null: none
+    float* y;              // [tokens][rows]; of llmquant_dequantize the transposed weight, [columns][rows]
     int64_t tokens, rows, columns;
     int64_t group;    // columns that share a scale: a multiple of 32, or all
     int64_t bits;     // 4 or 8
@@ -53,8 +53,6 @@ constexpr int64_t padded(int64_t columns) { return (columns + LLMQUANT_CHUNK - 1
 constexpr int64_t block_of(const LlmquantLinear& task) {
     return task.group % LLMQUANT_CHUNK == 0 && task.group <= LLMQUANT_BLOCK_MOST ? task.group : LLMQUANT_BLOCK_MOST;
 }
-constexpr int64_t blocks_of(const LlmquantLinear& task) {
-    return (task.columns + block_of(task) - 1) / block_of(task);
-}
+constexpr int64_t blocks_of(const LlmquantLinear& task) { return (task.columns + block_of(task) - 1) / block_of(task); }
 
 }  // namespace llmquant

@@ -8,12 +8,15 @@ namespace {
 
 constexpr int64_t PANEL = LLMQUANT_PANEL;
 constexpr int64_t CHUNK = LLMQUANT_CHUNK;
-constexpr int V = PANEL / LANES;   // vectors in a step
+constexpr int V = PANEL / LANES;     // vectors in a step
 constexpr int64_t STEP = 4 * PANEL;  // bytes
 
 // Rows of x (tokens times planes, twice that with 8 bits) that are multiplied at once: what fits the registers.
 constexpr int MOST = LANES == 16 ? 12 : LANES == 8 ? 4 : 2;
-constexpr int panels_at_once(int rows) { return LANES == 16 ? (rows <= 4 ? 4 : rows <= 12 ? 2 : 1) : LANES == 8 && rows == 1 ? 2 : 1; }
+constexpr int panels_at_once(int rows) {
+    if (LANES == 16) return rows <= 4 ? 4 : rows <= 12 ? 2 : 1;
+    return LANES == 8 && rows == 1 ? 2 : 1;
+}
 
 constexpr int64_t CACHED = 1 << 18;  // bytes of x that stay in the second-level cache while the panels pass
 
@@ -100,11 +103,12 @@ struct Grid {
         using Octets = uint8_t __attribute__((vector_size(LANES)));
         scale = task.kind == 2 ? load<Float>(static_cast<const float*>(task.scales) + at)
                                : from_half(static_cast<const uint16_t*>(task.scales) + at, task.kind == 1);
-        zero = task.zeros ? __builtin_convertvector(load<Octets>(task.zeros + at), Int)
-                          : Int{} + (1 << (task.bits - 1));
+        zero =
+            task.zeros ? __builtin_convertvector(load<Octets>(task.zeros + at), Int) : Int{} + (1 << (task.bits - 1));
     }
 
-    // bf16 is the upper half of a float. fp16 with its bits put in place lacks 112 in the exponent; no scale is Inf or NaN.
+    // bf16 is the upper half of a float. fp16 with its bits put in place lacks 112 in the exponent; no scale is Inf or
+    // NaN.
     static Float from_half(const uint16_t* from, bool ieee) {
         using Words = uint16_t __attribute__((vector_size(2 * LANES)));
         const Int word = __builtin_convertvector(load<Words>(from), Int);
@@ -168,7 +172,8 @@ class Tile {
             Int low[PANELS][V], high[PANELS][V];
             for (int p = 0; p < PANELS; ++p)
                 for (int v = 0; v < V; ++v) {
-                    const Int bytes = load<Int>(codes + p * offset<BITS>(stride) + offset<BITS>(column) + v * 4 * LANES);
+                    const Int bytes =
+                        load<Int>(codes + p * offset<BITS>(stride) + offset<BITS>(column) + v * 4 * LANES);
                     low[p][v] = low_nibbles(bytes);
                     high[p][v] = high_nibbles(bytes);
                 }
