@@ -262,7 +262,9 @@ def main() -> None:
         figures = f"perplexity {found['perplexity']:.3f}, KL {found['kl']:.4f}, {seconds} s"
         print(f"{number}/{len(todo)} {row.section}: {row.name}, {row.scheme}: {figures}", flush=True)
 
-    measured = [(row, results[key(recipe)]) for row, recipe in rows if key(recipe) in results]
+    measured = [
+        (row, results[key(recipe)]) for row, recipe in rows if holds(results.get(key(recipe)), {first: row.windows})
+    ]
     args.out.with_suffix(".md").write_text(f"# Results of scripts/bench_accuracy.py\n\n{tables(measured, first)}")
     if any(row.section == "methods" for row, _ in measured):
         plot(measured, first, args.out.with_suffix(".svg"))
