@@ -66,8 +66,9 @@ lint: $(READY) ## style, types, import direction, sizes
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_sizes.py
 
-bench: $(READY) ## the loops and the memory; for accuracy, which takes hours and texts, see docs/accuracy.md
+bench: $(READY) ## the loops, the products and the memory; for accuracy, which takes hours and texts, see docs/accuracy.md
 	$(BIN)/python scripts/bench_solve.py
+	$(BIN)/python scripts/bench_kernels.py --shapes 4096x4096
 	$(BIN)/python scripts/bench_memory.py
 
 clean: ## what was built, not .venv and not the model
