@@ -26,7 +26,7 @@ class Library:
 
     def __init__(self) -> None:
         if not LIBRARY.is_file():
-            raise OSError("it was not built; install CMake and a C++ compiler, then llmquant again")
+            raise OSError(f"there is no {LIBRARY}; install CMake and a C++ compiler, then llmquant again")
         self.functions = ctypes.CDLL(os.fspath(LIBRARY))
         if self.functions.llmquant_abi() != ABI:
             raise OSError(f"{LIBRARY} belongs to another version; install llmquant again")

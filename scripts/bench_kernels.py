@@ -158,6 +158,8 @@ def main() -> None:
     with torch.inference_mode():
         for shape in args.shapes.split(","):
             n, m = map(int, shape.split("x"))
+            if n % args.group_size:
+                parser.error(f"--shapes {shape}: {n} columns are no whole groups of {args.group_size}")
             for row in measure(m, n, Scheme(4, args.group_size), [int(count) for count in args.tokens.split(",")]):
                 share = row["bytes"] / row["seconds"] / bandwidth
                 print(

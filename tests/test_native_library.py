@@ -50,12 +50,12 @@ def test_without_the_library_the_fallback_says_so(
     monkeypatch.delenv(native.VARIABLE, raising=False)
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "llmquant_cpu.so")
     assert native.describe_backend() == (
-        "reference (the native library cannot be used: it was not built; "
+        f"reference (the native library cannot be used: there is no {native.LIBRARY}; "
         "install CMake and a C++ compiler, then llmquant again)"
     )
     monkeypatch.setenv(native.VARIABLE, "native")
     native.find_library.cache_clear()
-    with pytest.raises(RecipeError, match="LLMQUANT_BACKEND: the native library cannot be used: it was not built"):
+    with pytest.raises(RecipeError, match="LLMQUANT_BACKEND: the native library cannot be used: there is no /"):
         native.active_backend()
 
 
