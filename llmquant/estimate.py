@@ -29,8 +29,7 @@ class Estimate:
 
 def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     """The memory is an upper bound by design; the time assumes the matrix speed measured just now."""
-    calibrated = recipe.method != "rtn"
-    tokens = recipe.calibration.samples * recipe.calibration.seq_len if calibrated else 0
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.calibrated else 0
     by_layer = [[layout.shapes[name] for group in layer.groups for name in group.linears] for layer in layout.layers]
     item = shell.dtype.itemsize
     layer_bytes = max(sum(m * n for m, n in shapes) for shapes in by_layer) * item
@@ -42,7 +41,7 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     spilled = one if streams == 2 and one >= SPILL_BYTES else 0
     state = streams * (one + tokens * widest * item) - spilled
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
-    memory = RUNTIME_BYTES + state + max(outside, streams * layer_bytes + (solve if calibrated else layer_bytes))
+    memory = RUNTIME_BYTES + state + max(outside, streams * layer_bytes + (solve if recipe.calibrated else layer_bytes))
     flops = sum(_layer_flops(layout, [g.linears for g in layer.groups], tokens, recipe) for layer in layout.layers)
     return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens, spilled)
 

@@ -16,7 +16,6 @@ from llmquant.model.shell import Shell
 from llmquant.observer import Observer, Silent
 from llmquant.plan import Plan, check_original, make_plan
 from llmquant.recipe import Recipe
-from llmquant.solve.methods import METHODS
 from llmquant.unit import Workplace, process, replay
 
 
@@ -67,7 +66,7 @@ def quantize(
     out = Path(out)
     shell, plan = open_plan(model, recipe, options)
     check_output(out, shell.source.root)
-    calibration = prepare(recipe, shell) if METHODS[recipe.method].calibrated else None
+    calibration = prepare(recipe, shell) if recipe.calibrated else None
     fingerprint = plan.fingerprint(shell, calibration)
     if already_finished(out, fingerprint, overwrite=options.overwrite):
         return plan

@@ -89,6 +89,11 @@ class Recipe(_Strict):
     overrides: tuple[Override, ...] = ()
     seed: int = 0
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method reads text at all."""
+        return self.method != "rtn"
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> "Recipe":
         """Validate a mapping.

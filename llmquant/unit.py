@@ -15,7 +15,7 @@ from llmquant.calibration.crossing import Crossing
 from llmquant.calibration.stream import Stream
 from llmquant.checkpoint.parts import file_sha256, read_tensors
 from llmquant.checkpoint.writer import write_shard
-from llmquant.errors import OutputError
+from llmquant.errors import OutputError, RecipeError
 from llmquant.formats import FORMATS
 from llmquant.model.fold import LinearFold, NormFold
 from llmquant.model.shell import Shell
@@ -23,7 +23,7 @@ from llmquant.observer import Observer
 from llmquant.plan import Plan, Stack, Unit
 from llmquant.scheme import Quantized, Scheme, dequantize
 from llmquant.solve.awq import SAMPLED_ROWS, Loss, sampled
-from llmquant.solve.methods import METHODS, Choices, Problem, Solution
+from llmquant.solve.methods import Choices, Problem, Solution, compare, solve
 from llmquant.solve.moments import Moments, relative_error
 from llmquant.solve.train import token_loss, train_rounding
 
@@ -126,17 +126,12 @@ class _Work:
         stacked = torch.cat(list(W.values())).float()
         moments = self.capture(stack)
         fold = self.fold(stack)
-        problem = Problem(
-            stacked,
-            stack.scheme,
-            self.choices,
-            moments.H(stack.linears[0].name) if moments else None,
-            moments.D() if moments else None,
-            moments.held_out() if moments else None,
-            fold.settle if fold else None,
-            self.block_loss(stack, stacked) if self.recipe.solver.awq_loss == "block" else None,
-        )
-        solution = METHODS[self.recipe.method].solve(problem)
+        method, judged = str(self.recipe.method), dict[str, Any]()
+        if moments and method == "auto":
+            errors = self.compare(self.problem(stack, stacked, moments, fold), moments)
+            method, judged = min(errors, key=errors.__getitem__), {"held_out": errors}
+        problem = self.problem(stack, stacked, moments, fold)
+        solution = solve(problem, method)
         rows = [linear.m for linear in stack.linears]
         parts = [Quantized(*part) for part in zip(*(f.split(rows) for f in solution.quantized), strict=True)]
         for name, q in zip(W, parts, strict=True):
@@ -148,7 +143,7 @@ class _Work:
             self.apply(fold, solution.fold)
         seconds = (perf_counter() - started) / len(W)  # the stack is one problem: each member's share
         for name, Q in zip(W, solution.weight(stack.scheme).split(rows), strict=True):
-            record = _record(name, stack.scheme, solution, W[name].float(), Q, problem.H)
+            record = _record(name, stack.scheme, solution, W[name].float(), Q, problem.H) | judged
             self.records.append(record | {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 3)})
             yield self.records[-1]
 
@@ -168,6 +163,32 @@ class _Work:
                 x, original = x / size, None if original is None else original / size
             (moments.hold_out if i in self.place.held_out else moments.update)(x, mask, original)
         return moments
+
+    def problem(self, stack: Stack, W: Tensor, moments: Moments | None, fold: NormFold | LinearFold | None) -> Problem:
+        return Problem(
+            W,
+            stack.scheme,
+            self.choices,
+            moments.H(stack.linears[0].name) if moments else None,
+            moments.D() if moments else None,
+            fold.settle if fold else None,
+            self.block_loss(stack, W) if self.recipe.solver.awq_loss == "block" else None,
+        )
+
+    def compare(self, trial: Problem, moments: Moments) -> dict[str, float]:
+        """The error of each candidate on the tokens held out, which the solver then may see, too.
+
+        Raises:
+            RecipeError: there are none.
+        """
+        if (held_out := moments.held_out()) is None:
+            raise RecipeError(
+                "method: auto compares on calibration sequences held out, and there is one only; add samples"
+            )
+        errors = compare(trial, *held_out)
+        if not self.recipe.solver.train:  # otherwise they have yet to judge the training
+            moments.take_in()
+        return errors
 
     def fold(self, stack: Stack) -> NormFold | LinearFold | None:
         """Where scales on the stack's columns can go."""
@@ -258,5 +279,4 @@ def _record(name: str, scheme: Scheme, solution: Solution, W: Tensor, Q: Tensor,
     weight_error = lambda: float((W - Q).square().sum() / W.square().sum().clamp(min=1e-30))  # noqa: E731
     error = weight_error() if H is None else relative_error(sampled(W, SAMPLED_ROWS), sampled(Q, SAMPLED_ROWS), H)
     record = {"module": name, "method": solution.method, "scheme": str(scheme), "error": error}
-    record |= {"damping": solution.damping, "rung": solution.rung, "scaled": solution.fold is not None}
-    return record if solution.held_out is None else record | {"held_out": solution.held_out}
+    return record | {"damping": solution.damping, "rung": solution.rung, "scaled": solution.fold is not None}

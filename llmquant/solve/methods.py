@@ -1,4 +1,4 @@
-"""The methods by name: each takes rows of one stacked problem to their integers, and `auto` the best of them."""
+"""The methods by name: each takes rows of one stacked problem to their integers; and which of them is best."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmquant.errors import RecipeError
 from llmquant.scheme import Quantized, Scheme, dequantize
 from llmquant.solve.awq import SAMPLED_ROWS, Loss, gram_loss, sampled, search_scales
 from llmquant.solve.columns import search_columns
@@ -39,7 +38,6 @@ class Problem:
 
     Attributes:
         H, D: moments of the input as in `moments.py`, fp32 [n, n]; None where nothing is known or compared.
-        held_out: tokens to measure errors on, (X^, X), [k, n] each, in the dtype of the activations.
         settle: from wanted column scales to those that can be folded; None where nothing can.
         awq_loss: the loss that AWQ's scales are chosen by; None for the Gram form.
     """
@@ -49,7 +47,6 @@ class Problem:
     choices: Choices = field(default_factory=Choices)
     H: Tensor | None = None
     D: Tensor | None = None
-    held_out: tuple[Tensor, Tensor] | None = None
     settle: Callable[[Tensor], Tensor] | None = None
     awq_loss: Loss | None = None
 
@@ -98,7 +95,6 @@ class Solution(NamedTuple):
     fold: Tensor | None = None  # fp32 [n]: the input has to be divided by it
     damping: float = 0.0  # lambda / mean(diag H)
     rung: str = "none"  # of the damping ladder; "none" where no Hessian is inverted
-    held_out: dict[str, float] | None = None  # by method, where several were measured
 
     def weight(self, scheme: Scheme) -> Tensor:
         """What takes the place of W, fp32 [m, n]."""
@@ -157,21 +153,24 @@ def _gptq(problem: Problem, W: Tensor, H: Tensor, factor: Factor) -> Solution:
     return Solution(q, "gptq", damping=factor.damping, rung=factor.rung)
 
 
-def auto(problem: Problem, W: Tensor) -> Solution:
-    """The candidate with the smallest output error on the tokens that were held out, judged by a sample of the rows.
+METHODS = {"rtn": rtn, "awq": awq, "gptq": gptq, "awq+gptq": awq_gptq}
 
-    Raises:
-        RecipeError: none were.
+
+def solve(problem: Problem, method: str) -> Solution:
+    return METHODS[method](problem, problem.target)
+
+
+def compare(problem: Problem, x: Tensor, original: Tensor) -> dict[str, float]:
+    """The output error of each candidate on tokens that the problem's moments do not contain.
+
+    Rows are independent, so a sample of them is enough to judge by.
+
+    Args:
+        x, original: the tokens X^ and X, [k, n] each, in the dtype of the activations.
     """
-    if problem.held_out is None:
-        raise RecipeError("method: auto compares on calibration sequences held out, and there is one only; add samples")
-    candidates = {"gptq": gptq, "awq": awq}
-    if problem.scales is not None:
-        candidates["awq+gptq"] = awq_gptq
-    trial, error = sampled(W, TRIAL_ROWS), held_out_error(sampled(problem.W, TRIAL_ROWS), *problem.held_out)
-    errors = {name: error(solve(problem, trial).weight(problem.scheme)) for name, solve in candidates.items()}
-    best = min(errors, key=errors.__getitem__)
-    return candidates[best](problem, W)._replace(held_out=errors)
+    candidates = ["gptq", "awq"] if problem.scales is None else ["gptq", "awq", "awq+gptq"]
+    rows, error = sampled(problem.target, TRIAL_ROWS), held_out_error(sampled(problem.W, TRIAL_ROWS), x, original)
+    return {name: error(METHODS[name](problem, rows).weight(problem.scheme)) for name in candidates}
 
 
 def held_out_error(W: Tensor, x: Tensor, original: Tensor) -> Callable[[Tensor], float]:
@@ -188,20 +187,3 @@ def floored(weight: Tensor, damping: float) -> Tensor:
     """A column that sees nothing still counts a little; where none sees anything, all count alike."""
     mean = float(weight.mean())
     return weight.clamp(min=0.0) + damping * mean if mean > 0.0 else torch.ones_like(weight)
-
-
-class Method(NamedTuple):
-    calibrated: bool
-    rows: Callable[[Problem, Tensor], Solution]  # of any rows of the problem's target: rows are independent
-
-    def solve(self, problem: Problem) -> Solution:
-        return self.rows(problem, problem.target)
-
-
-METHODS = {
-    "rtn": Method(False, rtn),
-    "awq": Method(True, awq),
-    "gptq": Method(True, gptq),
-    "awq+gptq": Method(True, awq_gptq),
-    "auto": Method(True, auto),
-}

@@ -1,4 +1,4 @@
-"""What the solvers know of a linear's inputs: second moments of the tokens they may fit, and tokens kept to judge.
+"""What the solvers know of a linear's inputs: second moments of the tokens they may fit, and tokens held out to judge.
 
 Notation: inputs X^ [k, n] as the quantized model makes them, X [k, n] as the original makes them;
 H = X^^T X^ / k and D = (X - X^)^T X^ / k, both [n, n].
@@ -14,7 +14,7 @@ STRIP = 512  # columns of H computed together, from the diagonal on: what is bel
 
 
 class Moments:
-    """Running sums over the tokens that count, fp32 [n, n]; and tokens that are held out of them.
+    """Running sums over the tokens that count, fp32 [n, n]; and tokens that are held out of them for a while.
 
     A batch's products are in the precision of its activations. In bf16 that rounds each entry of them by 2^-9 at most,
     at random: far below what a few thousand tokens leave open about it, and twice to four times as fast.
@@ -39,9 +39,15 @@ class Moments:
         self.tokens += x.shape[0]
 
     def hold_out(self, x: Tensor, mask: Tensor | None = None, original: Tensor | None = None) -> None:
-        """Keep tokens to measure errors on; no moment contains them."""
+        """Keep tokens to measure errors on; no moment contains them before `take_in`."""
         x = _flat(x, mask)
         self._held.append((x, x if original is None else _flat(original, mask)))
+
+    def take_in(self) -> None:
+        """All has been judged: add the tokens that were held out."""
+        for x, original in self._held:
+            self.update(x, None, original)
+        self._held = []
 
     def H(self, name: str) -> Tensor:
         """H, fp32 [n, n].

@@ -1,26 +1,30 @@
 """AWQ's scales against trying them one by one, and what the methods promise of each other."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from llmquant.errors import RecipeError
 from llmquant.scheme import GROUP_SIZES, Scheme, dequantize
 from llmquant.solve.awq import gram_loss, powers_of_two, rounded, search_scales
-from llmquant.solve.methods import METHODS, Choices, Problem, held_out_error
+from llmquant.solve.methods import Choices, Problem, compare, held_out_error, solve
 from llmquant.solve.moments import energy, relative_error
 from llmquant.solve.rtn import quantize_rtn
 
 
-def problem(m: int = 24, n: int = 128, seed: int = 0, *, held: bool = False, **options: object) -> Problem:
-    """Inputs with a few columns a hundred times as large as the others: what AWQ is for."""
+def inputs(n: int = 128, seed: int = 0) -> torch.Tensor:
+    """A few columns are a hundred times as large as the others: what AWQ is for."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.ones(n)
     size[torch.randperm(n, generator=generator)[:6]] = 100.0
-    X = torch.randn(1024, n, generator=generator) * size
-    W = torch.randn(m, n, generator=generator) * 0.05
-    scheme = options.pop("scheme", Scheme(4, 32))
-    tokens = (X[800:], X[800:]) if held else None
-    return Problem(W, scheme, Choices(**options), X[:800].T @ X[:800] / 800, held_out=tokens, settle=lambda s: s)
+    return torch.randn(1024, n, generator=generator) * size
+
+
+def problem(m: int = 24, n: int = 128, seed: int = 0, **options: Any) -> Problem:
+    X = inputs(n, seed)[:800]
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(seed + 1)) * 0.05
+    scheme, settle = options.pop("scheme", Scheme(4, 32)), options.pop("settle", lambda s: s)
+    return Problem(W, scheme, Choices(**options), X.T @ X / 800, settle=settle)
 
 
 def test_the_search_finds_the_best_of_what_it_tries() -> None:
@@ -62,7 +66,7 @@ def test_what_cannot_be_folded_is_not_scaled() -> None:
 @pytest.mark.parametrize("scheme", [Scheme(4, g, sym) for g in GROUP_SIZES for sym in (True, False)], ids=str)
 def test_every_method_beats_rounding(method: str, scheme: Scheme) -> None:
     p = problem(scheme=scheme)
-    solution = METHODS[method].solve(p)
+    solution = solve(p, method)
     rtn = dequantize(quantize_rtn(p.W, scheme), scheme)
     assert relative_error(p.W, solution.weight(scheme), p.H) < 0.9 * relative_error(p.W, rtn, p.H)
     assert solution.method == method
@@ -70,21 +74,23 @@ def test_every_method_beats_rounding(method: str, scheme: Scheme) -> None:
 
 def test_scales_bring_gptq_closer_where_a_few_columns_carry_all() -> None:
     p = problem()
-    with_scales, without = METHODS["awq+gptq"].solve(p), METHODS["gptq"].solve(p)
+    with_scales, without = solve(p, "awq+gptq"), solve(p, "gptq")
     assert with_scales.fold is not None
     assert relative_error(p.W, with_scales.weight(p.scheme), p.H) < relative_error(p.W, without.weight(p.scheme), p.H)
 
 
-def test_auto_takes_the_least_error_on_tokens_that_no_solver_saw() -> None:
-    p = problem(held=True)
-    best = METHODS["auto"].solve(p)
-    error = held_out_error(p.W, *p.held_out)
-    for method in ("awq", "gptq", "awq+gptq"):
-        solution = METHODS[method].solve(p)
-        assert best.held_out[method] == pytest.approx(error(solution.weight(p.scheme)), rel=1e-5)
-    assert best.held_out[best.method] == min(best.held_out.values())
-    with pytest.raises(RecipeError, match="add samples"):
-        METHODS["auto"].solve(problem())
+def test_candidates_are_compared_by_their_outputs() -> None:
+    p, x = problem(), inputs()[800:]
+    error = held_out_error(p.W, x, x)
+    errors = compare(p, x, x)
+    assert list(errors) == ["gptq", "awq", "awq+gptq"]
+    for method in errors:
+        assert errors[method] == pytest.approx(error(solve(p, method).weight(p.scheme)), rel=1e-5)
+
+
+def test_without_scales_there_are_fewer_candidates() -> None:
+    p, x = problem(settle=None), inputs()[800:]
+    assert list(compare(p, x, x)) == ["gptq", "awq"]
 
 
 def test_held_out_error_is_that_of_the_outputs() -> None:
@@ -102,7 +108,7 @@ def test_held_out_error_is_that_of_the_outputs() -> None:
 )
 def test_every_choice_is_heard(choices: dict[str, object]) -> None:
     p, plain = problem(**choices), problem()
-    one, other = METHODS["gptq"].solve(p), METHODS["gptq"].solve(plain)
+    one, other = solve(p, "gptq"), solve(plain, "gptq")
     assert not torch.equal(one.weight(p.scheme), other.weight(p.scheme))
     assert relative_error(p.W, one.weight(p.scheme), p.H) < 2 * relative_error(p.W, other.weight(p.scheme), p.H)
     if "refine" in choices:
@@ -117,6 +123,6 @@ def test_shrinkage_errs_less_on_another_text_where_there_are_few_tokens() -> Non
     errors = []
     for shrinkage in (0.0, 0.3):
         p = Problem(W, scheme, Choices(shrinkage=shrinkage), seen.T @ seen / 160)
-        Q = METHODS["gptq"].solve(p).weight(scheme)
+        Q = solve(p, "gptq").weight(scheme)
         errors.append(relative_error(W, Q, other.T @ other / 4000))
     assert errors[1] < 0.95 * errors[0]

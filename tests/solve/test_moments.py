@@ -79,3 +79,8 @@ def test_tokens_that_are_held_out_are_in_no_moment() -> None:
     held, originals = moments.held_out()
     assert torch.equal(held, X[20:27])
     assert torch.equal(originals, original[20:27])
+    moments.take_in()
+    assert moments.held_out() is None
+    assert moments.tokens == 27
+    assert torch.allclose(moments.H("l"), X[:27].T @ X[:27] / 27, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(moments.D(), (original - X)[:27].T @ X[:27] / 27, rtol=1e-4, atol=1e-4)
