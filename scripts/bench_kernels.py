@@ -11,8 +11,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from llmquant.scheme import Quantized, Scheme, dequantize
 SHAPES = "4096x4096,2048x8192,4096x14336,14336x4096"  # n x m: in features, out features
 TOKENS = "1,4,16,128,512"
 ROTATED = 192 * 2**20  # bytes of weights, and at least two
-ROUNDS, SECONDS = 30, 1.0  # of each backend at the most
-PAUSE = 0.02  # seconds
+TURNS, EACH_TURN, SECONDS = 20, 3, 1.5  # of each backend at the most
+PAUSE, AWAKE = 0.02, 0.01  # seconds
 
 Call = Callable[[Tensor], Any]
 
@@ -113,7 +114,7 @@ def measure(m: int, n: int, scheme: Scheme, counts: list[int]) -> list[dict[str,
     first = random_weight(m, n, scheme, 0)
     for make in backends():
         made = make(first, scheme)
-        number = 2 * -(-ROTATED // 2 // min(size for size, _ in made.values()))
+        number = max(2, -(-ROTATED // min(size for size, _ in made.values())))
         for seed in range(number):
             for name, (size, call) in (made if seed == 0 else make(random_weight(m, n, scheme, seed), scheme)).items():
                 copies.setdefault(name, []).append(call)
@@ -124,10 +125,11 @@ def measure(m: int, n: int, scheme: Scheme, counts: list[int]) -> list[dict[str,
         x = torch.randn(count, n, generator=torch.Generator().manual_seed(1))
         exact = x.double() @ real.T
         times: dict[str, list[float]] = {name: [] for name in copies}
-        for turn in range(ROUNDS):
-            for name, calls in copies.items():
+        turns = {name: cycle(calls) for name, calls in copies.items()}
+        for _ in range(TURNS):
+            for name, calls in turns.items():
                 if sum(times[name]) < SECONDS:
-                    times[name].append(timed(calls[2 * turn % len(calls)], calls[(2 * turn + 1) % len(calls)], x))
+                    times[name] += timed(calls, x)
         for name, taken in times.items():
             error = float((copies[name][0](x).double() - exact).norm() / exact.norm())
             seconds = statistics.median(taken)
@@ -136,13 +138,20 @@ def measure(m: int, n: int, scheme: Scheme, counts: list[int]) -> list[dict[str,
     return found
 
 
-def timed(before: Call, call: Call, x: Tensor) -> float:
-    """Seconds of `call`. The threads of other backends have come to rest before, and its own are awake."""
+def timed(calls: Iterator[Call], x: Tensor) -> list[float]:
+    """Seconds of a few calls. The threads of other backends have come to rest, and this one's are all running: a
+    thread that was asleep may have to wait for the scheduler's next tick, 4 ms later."""
     time.sleep(PAUSE)
-    before(x)
-    started = time.perf_counter()
-    call(x)
-    return time.perf_counter() - started
+    began = time.perf_counter()
+    next(calls)(x)
+    while time.perf_counter() - began < AWAKE:
+        next(calls)(x)
+    seconds = []
+    for _ in range(EACH_TURN):
+        started = time.perf_counter()
+        next(calls)(x)
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def main() -> None:

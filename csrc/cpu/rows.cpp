@@ -1,6 +1,7 @@
 // Products with packed weights, for the instruction set that the build names in LLMQUANT_LEVEL.
 
 #include "dot.h"
+#include "lanes.h"
 #include "linear.h"
 
 namespace llmquant {
@@ -20,16 +21,7 @@ constexpr int panels_at_once(int rows) {
 
 constexpr int64_t CACHED = 1 << 18;  // bytes of x that stay in the second-level cache while the panels pass
 
-using Bytes = int8_t __attribute__((vector_size(LANES)));
-
 Float nearest_integer(Float x) { return (x + 12582912.0f) - 12582912.0f; }  // below 2^22, halves to even
-
-template <typename Vector>
-auto sum(Vector value) {
-    auto total = value[0];
-    for (int i = 1; i < LANES; ++i) total += value[i];
-    return total;
-}
 
 // ---- activations to integers
 
@@ -40,16 +32,14 @@ void block_to_integers(const float* from, int64_t count, int64_t width, int8_t* 
     constexpr float LIMIT = PLANES == 1 ? 127.0f : 127.0f * 128.0f + 63.0f;
     float x[LLMQUANT_BLOCK_MOST] = {};
     __builtin_memcpy(x, from, count * sizeof(float));
-    Float largest = {}, probe = {};
+    Float most_of = {}, probe = {};
     for (int64_t i = 0; i < width; i += LANES) {
         const Float value = load<Float>(x + i);
         const Float size = (Float)((Int)value & 0x7fffffff);
-        largest = size > largest ? size : largest;
+        most_of = size > most_of ? size : most_of;
         probe += value - value;
     }
-    float most = largest[0];
-    for (int i = 1; i < LANES; ++i) most = largest[i] > most ? largest[i] : most;
-    const float broken = sum(probe);
+    const float most = largest(most_of), broken = sum(probe);
     const bool usable = broken == 0.0f && most > 1e-30f;
     const float inverse = usable ? LIMIT / most : 0.0f;
     Int integers = {};
@@ -58,11 +48,11 @@ void block_to_integers(const float* from, int64_t count, int64_t width, int8_t* 
         const Int integer = __builtin_convertvector(nearest_integer(scaled), Int);
         integers += integer;
         if (PLANES == 1) {
-            store(to + i, __builtin_convertvector(integer, Bytes));
+            narrow(to + i, integer);
         } else {
             const Int high = (integer + 64) >> 7;
-            store(to + i, __builtin_convertvector(high, Bytes));
-            store(to + stride + i, __builtin_convertvector(integer - (high << 7), Bytes));
+            narrow(to + i, high);
+            narrow(to + stride + i, integer - (high << 7));
         }
     }
     *scale = (usable ? most / LIMIT : 0.0f) + broken;
@@ -98,27 +88,28 @@ constexpr int64_t offset(int64_t column) {
 
 // The scales and zero points of one group of a panel, the rows of vector v.
 struct Grid {
-    Grid(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
-        const int64_t groups = ceil_div(task.columns, task.group), at = (panel * groups + group) * PANEL + v * LANES;
-        using Octets = uint8_t __attribute__((vector_size(LANES)));
-        scale = task.kind == 2 ? load<Float>(static_cast<const float*>(task.scales) + at)
-                               : from_half(static_cast<const uint16_t*>(task.scales) + at, task.kind == 1);
-        zero =
-            task.zeros ? __builtin_convertvector(load<Octets>(task.zeros + at), Int) : Int{} + (1 << (task.bits - 1));
+    static int64_t at(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
+        return (panel * ceil_div(task.columns, task.group) + group) * PANEL + v * LANES;
+    }
+
+    static Float scale(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
+        const int64_t from = at(task, panel, group, v);
+        if (task.kind == 2) return load<Float>(static_cast<const float*>(task.scales) + from);
+        return from_half(static_cast<const uint16_t*>(task.scales) + from, task.kind == 1);
+    }
+
+    static Int zero(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
+        return task.zeros ? widen(task.zeros + at(task, panel, group, v)) : Int{} + (1 << (task.bits - 1));
     }
 
     // bf16 is the upper half of a float. fp16 with its bits put in place lacks 112 in the exponent; no scale is Inf or
     // NaN.
     static Float from_half(const uint16_t* from, bool ieee) {
-        using Words = uint16_t __attribute__((vector_size(2 * LANES)));
-        const Int word = __builtin_convertvector(load<Words>(from), Int);
+        const Int word = widen(from);
         if (!ieee) return (Float)(word << 16);
         const Float magnitude = (Float)((word & 0x7fff) << 13) * 0x1p112f;
         return (Float)((Int)magnitude | (word & 0x8000) << 16);
     }
-
-    Float scale;
-    Int zero;
 };
 
 // ---- products
@@ -135,20 +126,24 @@ class Tile {
         const int64_t block = block_of(task), blocks = blocks_of(task);
         Float totals[TOKENS][PANELS][V] = {};
         for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t first = b * block, last = min(first + block, stride);
+            const int64_t first = b * block, last = min(first + block, stride), group = first / task.group;
             Sums sums[PLANES][TOKENS] = {};
-            for (int64_t from = first; from < last; from += WIDE ? block : CHUNK)
-                accumulate(from, WIDE ? last : from + CHUNK, sums);
-            const int64_t group = first / task.group;
             for (int p = 0; p < PANELS; ++p)
                 for (int v = 0; v < V; ++v) {
-                    const Grid grid(task, panel + p, group, v);
+                    const Int zero = Grid::zero(task, panel + p, group, v);
+                    for (int t = 0; t < TOKENS; ++t)
+                        sums[PLANES - 1][t].of[p][v] = -zero * x.sums[(token + t) * blocks + b];
+                }
+            for (int64_t from = first; from < last; from += WIDE ? block : CHUNK)
+                accumulate(from, WIDE ? last : from + CHUNK, sums);
+            for (int p = 0; p < PANELS; ++p)
+                for (int v = 0; v < V; ++v) {
+                    const Float scale = Grid::scale(task, panel + p, group, v);
                     for (int t = 0; t < TOKENS; ++t) {
-                        const int64_t at = (token + t) * blocks + b;
-                        Int integer = sums[0][t].of[p][v];
-                        if (PLANES == 2) integer = (integer << 7) + sums[PLANES - 1][t].of[p][v];
-                        integer -= grid.zero * x.sums[at];
-                        totals[t][p][v] += __builtin_convertvector(integer, Float) * (grid.scale * x.scales[at]);
+                        Int integer = sums[PLANES - 1][t].of[p][v];
+                        if (PLANES == 2) integer += sums[0][t].of[p][v] << 7;
+                        const float x_scale = x.scales[(token + t) * blocks + b];
+                        totals[t][p][v] += __builtin_convertvector(integer, Float) * (scale * x_scale);
                     }
                 }
         }
@@ -166,6 +161,10 @@ class Tile {
     // The products of columns [from, to): one chunk, or any number where partial sums are wide.
     void accumulate(int64_t from, int64_t to, Sums (&sums)[PLANES][TOKENS]) const {
         Partial parts[SPLIT][PLANES][TOKENS][PANELS][V] = {};
+        for (int plane = 0; plane < PLANES; ++plane)
+            for (int t = 0; t < TOKENS; ++t)
+                for (int p = 0; p < PANELS; ++p)
+                    for (int v = 0; v < V; ++v) parts[0][plane][t][p][v] = begin(sums[plane][t].of[p][v]);
         const int8_t* at = x.planes + token * PLANES * stride;
         const uint8_t* codes = task.codes + panel * offset<BITS>(stride);
         for (int64_t column = from; column < to; column += 32 / BITS) {
@@ -195,8 +194,8 @@ class Tile {
                 for (int p = 0; p < PANELS; ++p)
                     for (int v = 0; v < V; ++v) {
                         Int& sum = sums[plane][t].of[p][v];
-                        sum = flush(sum, parts[0][plane][t][p][v]);
-                        if (SPLIT == 2) sum += flush(Int{}, parts[SPLIT - 1][plane][t][p][v]) << 4;
+                        sum = end(sum, parts[0][plane][t][p][v]);
+                        if (SPLIT == 2) sum += end(Int{}, parts[SPLIT - 1][plane][t][p][v]) << 4;
                     }
     }
 
@@ -266,10 +265,11 @@ void dequantize(const LlmquantLinear& task, int64_t first, int64_t last) {
             float* to = task.y + column * task.rows + panel * PANEL;
             float lanes[PANEL];
             for (int v = 0; v < V; ++v) {
-                const Grid grid(task, panel, column / task.group, v);
+                const int64_t group = column / task.group;
                 const Int bytes = load<Int>(codes + step * STEP + v * 4 * LANES);
                 const Int code = bytes >> static_cast<int>(place % 4 * 8 + place / 4 * 4) & MASK;
-                store(lanes + v * LANES, __builtin_convertvector(code - grid.zero, Float) * grid.scale);
+                store(lanes + v * LANES, __builtin_convertvector(code - Grid::zero(task, panel, group, v), Float) *
+                                             Grid::scale(task, panel, group, v));
             }
             if (count == PANEL)
                 __builtin_memcpy(to, lanes, sizeof lanes);

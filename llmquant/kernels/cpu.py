@@ -1,6 +1,7 @@
 """The native CPU kernels of csrc/cpu, through their plain C interface."""
 
 import ctypes
+import sys
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from llmquant.scheme import Scheme
 # Activations become integers: of 8 bits, or of two planes of 8 that make 15, which errs less than bf16 does.
 PLANES = {"int8": 1, "exact": 2}
 
-# From so many tokens on, `exact` is faster if a slab of the weight is dequantized and the product left to torch's BLAS.
-SLAB_TOKENS = 32
+# From so many tokens on, `exact` is faster if a slab of the weight is dequantized and the product left to torch's BLAS;
+# with AVX-512 it never is.
+SLAB_TOKENS = {"AVX2": 32, "baseline": 32}
 SLAB_BYTES = 8 * 2**20  # fits the last cache level of most machines
 
 
@@ -32,6 +34,7 @@ class Native:
 
     def __init__(self, library: Library) -> None:
         self._functions = library.functions
+        self._slab_tokens = SLAB_TOKENS.get(library.levels[0], sys.maxsize)
 
     def linear(
         self, x: Tensor, panels: Panels, bias: Tensor | None, m: int, scheme: Scheme, precision: str = "exact"
@@ -39,7 +42,7 @@ class Native:
         """As `reference.linear`; all tensors on the CPU and contiguous, but for x. `precision` is one of PLANES."""
         flat = x.reshape(-1, x.shape[-1]).float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
-        if precision == "exact" and len(flat) >= SLAB_TOKENS:
+        if precision == "exact" and len(flat) >= self._slab_tokens:
             y = self.slabs(flat, panels, bias, m, scheme)
         else:
             y = self.stream(flat, panels, bias, m, scheme, PLANES[precision])

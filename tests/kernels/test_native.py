@@ -181,7 +181,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("tokens", [1, SLAB_TOKENS])
+@pytest.mark.parametrize("tokens", [1, *set(SLAB_TOKENS.values())])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_any_dtype_and_strides_at_the_door(dtype: torch.dtype, tokens: int) -> None:
     w = weight(Scheme(4, 32), 8, 64)
