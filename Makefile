@@ -53,7 +53,8 @@ $(CLIENTS_READY): $(BUILD_INPUTS)
 	@touch $@
 
 sanitize: $(READY) ## the tests of native code, with AddressSanitizer and UBSan in it (GCC)
-	cmake -S . -B build/sanitize -DLLMQUANT_SANITIZE=ON -DLLMQUANT_OUTPUT=$(CURDIR)/build/sanitize
+	cmake -S . -B build/sanitize -DLLMQUANT_SANITIZE=ON -DLLMQUANT_OUTPUT=$(CURDIR)/build/sanitize \
+		-DLLMQUANT_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/sanitize --parallel
 	LLMQUANT_LIBRARY=$(CURDIR)/build/sanitize/llmquant_cpu.so ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \

@@ -1,4 +1,5 @@
-"""The native build: CMake makes llmquant/_native/llmquant_cpu.so; pyproject.toml holds everything else.
+"""The native build: CMake makes llmquant/_native/llmquant_cpu.so and, where torch is installed already, its binding
+llmquant_torch.so; pyproject.toml holds everything else.
 
 LLMQUANT_NATIVE=0 leaves it out, LLMQUANT_NATIVE=1 makes its failure an error. By default an installation without CMake
 or a C++ compiler goes on without it: llmquant then computes with torch alone, and says so.
@@ -8,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,7 +29,11 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         try:
-            self.cmake("-S", str(ROOT), "-B", self.build_temp, f"-DLLMQUANT_OUTPUT={output}")
+            torch = find_spec("torch")  # not imported: only its headers are wanted
+            where = Path(torch.origin).parent if torch and torch.origin else ""
+            self.cmake(
+                "-S", str(ROOT), "-B", self.build_temp, f"-DLLMQUANT_OUTPUT={output}", f"-DLLMQUANT_TORCH={where}"
+            )
             self.cmake("--build", self.build_temp, "--parallel", "--config", "Release")
         except (OSError, subprocess.CalledProcessError) as error:
             if WANTED == "1":

@@ -13,8 +13,9 @@ from pathlib import Path
 from llmquant.errors import RecipeError
 
 LIBRARY = Path(os.environ.get("LLMQUANT_LIBRARY") or Path(__file__).parent / "_native" / "llmquant_cpu.so")
+BINDING = LIBRARY.with_name("llmquant_torch.so")  # to torch, see csrc/torch
 VARIABLE = "LLMQUANT_BACKEND"
-ABI = 3
+ABI = 4
 
 
 class Library:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.kernels.cpu import PLANES, Native
+from llmquant.kernels import ops  # noqa: F401  (defines torch.ops.llmquant)
+from llmquant.kernels.cpu import PLANES
 from llmquant.kernels.layout import pack
-from llmquant.native import Library, describe_backend
+from llmquant.native import describe_backend
 from llmquant.scheme import Quantized, Scheme, dequantize
 
 SHAPES = "4096x4096,2048x8192,4096x14336,14336x4096"  # n x m: in features, out features
@@ -35,11 +36,11 @@ Call = Callable[[Tensor], Any]
 
 
 def ours(q: Quantized, scheme: Scheme) -> dict[str, tuple[int, Call]]:
-    native, panels, m = Native(Library()), pack(q, scheme), len(q.codes)
-    nbytes = panels.codes.nbytes + panels.scales.nbytes
+    panels, m = pack(q, scheme), len(q.codes)
+    nbytes, product = panels.codes.nbytes + panels.scales.nbytes, torch.ops.llmquant.w4_linear
     return {
-        f"llmquant {precision}": (nbytes, lambda x, p=precision: native.linear(x, panels, None, m, scheme, p))
-        for precision in PLANES
+        f"llmquant {precision}": (nbytes, lambda x, p=planes: product(x, *panels, None, m, 4, scheme.group_size, p))
+        for precision, planes in PLANES.items()
     }
 
 

@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from llmquant import native
 from llmquant.errors import RecipeError
-from llmquant.kernels import ops, reference  # noqa: F401  (ops registers the operator)
-from llmquant.kernels.layout import pack
-from llmquant.scheme import Quantized, Scheme
 
 
 @pytest.fixture
@@ -30,18 +26,27 @@ def test_the_native_library_is_taken_where_it_is(fresh_choice: None, monkeypatch
     assert native.describe_backend().startswith(f"{native.active_backend()} (")
 
 
-def test_the_reference_can_be_asked_for(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.VARIABLE, "reference")
-    assert native.describe_backend() == "reference (LLMQUANT_BACKEND asks for it)"
-    scheme, x = Scheme(), torch.randn(3, 128)
-    q = Quantized(
-        torch.arange(8 * 128).view(8, 128).to(torch.uint8) % 16,
-        torch.ones(8, 1),
-        torch.full((8, 1), 8, dtype=torch.uint8),
+REFERENCE = """
+import torch
+from llmquant import native
+from llmquant.kernels import ops, reference
+from llmquant.kernels.layout import pack
+from llmquant.scheme import Quantized, Scheme
+scheme, x = Scheme(), torch.randn(3, 128)
+codes = torch.arange(8 * 128).view(8, 128).to(torch.uint8) % 16
+panels = pack(Quantized(codes, torch.ones(8, 1), torch.full((8, 1), 8, dtype=torch.uint8)), scheme)
+y = torch.ops.llmquant.w4_linear(x, *panels, None, 8, 4, 128, 2)
+assert torch.equal(y, reference.linear(x, panels, None, 8, scheme))
+print(native.describe_backend())
+"""
+
+
+def test_the_reference_can_be_asked_for() -> None:
+    environment = os.environ | {native.VARIABLE: "reference"}
+    child = subprocess.run(
+        [sys.executable, "-c", REFERENCE], env=environment, capture_output=True, text=True, check=True
     )
-    panels = pack(q, scheme)
-    y = torch.ops.llmquant.w4_linear(x, *panels, None, 8, 4, 128, "exact")
-    assert torch.equal(y, reference.linear(x, panels, None, 8, scheme))
+    assert child.stdout == "reference (LLMQUANT_BACKEND asks for it)\n"
 
 
 def test_without_the_library_the_fallback_says_so(

@@ -15,6 +15,7 @@ namespace {
 inline Int widen(const uint8_t* from) { return (Int)_mm512_cvtepu8_epi32(load<__m128i>(from)); }
 inline Int widen(const uint16_t* from) { return (Int)_mm512_cvtepu16_epi32(load<__m256i>(from)); }
 inline void narrow(int8_t* to, Int value) { store(to, _mm512_cvtepi32_epi8((__m512i)value)); }
+inline void narrow(uint16_t* to, Int value) { store(to, _mm512_cvtepi32_epi16((__m512i)value)); }
 inline float largest(Float value) { return _mm512_reduce_max_ps((__m512)value); }
 inline float sum(Float value) { return _mm512_reduce_add_ps((__m512)value); }
 inline int32_t sum(Int value) { return _mm512_reduce_add_epi32((__m512i)value); }
@@ -33,8 +34,9 @@ inline Int widen(const Number* from) {
 }
 #endif
 
-inline void narrow(int8_t* to, Int value) {
-    for (int i = 0; i < LANES; ++i) to[i] = static_cast<int8_t>(value[i]);
+template <typename Number>
+inline void narrow(Number* to, Int value) {
+    for (int i = 0; i < LANES; ++i) to[i] = static_cast<Number>(value[i]);
 }
 
 inline float largest(Float value) {

@@ -23,7 +23,6 @@ struct Integers;
 struct LinearKernels {
     void (*to_integers)(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last);  // tokens
     void (*multiply)(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last);     // panels
-    void (*dequantize)(const LlmquantLinear& task, int64_t first, int64_t last);                      // panels
 };
 
 // columns.cpp, likewise.

@@ -64,7 +64,7 @@ int64_t panels(const LlmquantLinear& task) { return (task.rows + LLMQUANT_PANEL 
 }  // namespace
 }  // namespace llmquant
 
-int64_t llmquant_abi() { return 3; }
+int64_t llmquant_abi() { return 4; }
 
 const char* llmquant_level(int64_t level) { return llmquant::usable_level(level).name; }
 
@@ -90,12 +90,6 @@ int64_t llmquant_linear(const LlmquantLinear* task) {
     llmquant::share(llmquant::panels(*task), 1, task->threads, task->tokens * task->rows * task->columns,
                     [&](int64_t first, int64_t last) { kernels.multiply(*task, x, first, last); });
     return 0;
-}
-
-void llmquant_dequantize(const LlmquantLinear* task) {
-    const llmquant::LinearKernels& kernels = *llmquant::usable_level(task->level).linear;
-    llmquant::share(llmquant::panels(*task), 1, task->threads, task->rows * task->columns,
-                    [&](int64_t first, int64_t last) { kernels.dequantize(*task, first, last); });
 }
 
 void llmquant_round_columns(const LlmquantColumns* task) {

@@ -18,26 +18,27 @@
 #define LLMQUANT_CHUNK 32        // columns: every group and block is whole chunks
 #define LLMQUANT_BLOCK_MOST 128  // columns whose activations share a scale, where a group has more
 
+enum : int64_t { LLMQUANT_BF16, LLMQUANT_FP16, LLMQUANT_FP32 };  // kinds of numbers
+
 // Mirrored in llmquant/kernels/cpu.py; a change of either needs a new value of llmquant_abi.
 struct LlmquantLinear {
-    const float* x;        // [tokens][columns]; llmquant_dequantize does not read it
+    const void* x;         // [tokens][columns]
     const uint8_t* codes;  // [panels][steps][16][4]
     const void* scales;    // [panels][ceil(columns / group)][16]
     const uint8_t* zeros;  // like scales; null: 2^(bits - 1) everywhere
-    const float* bias;     // [rows]; null: none
-    float* y;              // [tokens][rows]; of llmquant_dequantize the transposed weight, [columns][rows]
+    const void* bias;      // [rows]; null: none
+    void* y;               // [tokens][rows] like x
     int64_t tokens, rows, columns;
-    int64_t group;    // columns that share a scale: a multiple of 32, or all
-    int64_t bits;     // 4 or 8
-    int64_t planes;   // 1 or 2
-    int64_t kind;     // of scales: 0 bf16, 1 fp16, 2 fp32
+    int64_t group;   // columns that share a scale: a multiple of 32, or all
+    int64_t bits;    // 4 or 8
+    int64_t planes;  // 1 or 2
+    int64_t x_kind, scale_kind, bias_kind;
     int64_t threads;  // at most; at least 1
     int64_t level;    // instruction set: an index of llmquant_level
 };
 
 // 0, or 1 if there is no memory for the integers of x.
 LLMQUANT_EXPORT int64_t llmquant_linear(const LlmquantLinear* task);
-LLMQUANT_EXPORT void llmquant_dequantize(const LlmquantLinear* task);
 
 namespace llmquant {
 

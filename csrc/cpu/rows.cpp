@@ -1,8 +1,7 @@
 // Products with packed weights, for the instruction set that the build names in LLMQUANT_LEVEL.
 
 #include "dot.h"
-#include "lanes.h"
-#include "linear.h"
+#include "numbers.h"
 
 namespace llmquant {
 namespace {
@@ -25,13 +24,11 @@ Float nearest_integer(Float x) { return (x + 12582912.0f) - 12582912.0f; }  // b
 
 // ---- activations to integers
 
-// `count` activations of one block. NaN and Inf make the scale NaN, and so all that is computed with it.
+// Activations of one block, filled up to its width. NaN and Inf make the scale NaN, and so all that is computed with
+// it.
 template <int PLANES>
-void block_to_integers(const float* from, int64_t count, int64_t width, int8_t* to, int64_t stride, float* scale,
-                       int32_t* total) {
+void block_to_integers(const float* x, int64_t width, int8_t* to, int64_t stride, float* scale, int32_t* total) {
     constexpr float LIMIT = PLANES == 1 ? 127.0f : 127.0f * 128.0f + 63.0f;
-    float x[LLMQUANT_BLOCK_MOST] = {};
-    __builtin_memcpy(x, from, count * sizeof(float));
     Float most_of = {}, probe = {};
     for (int64_t i = 0; i < width; i += LANES) {
         const Float value = load<Float>(x + i);
@@ -65,9 +62,10 @@ void to_integers(const LlmquantLinear& task, const Integers& x, int64_t first, i
     for (int64_t t = first; t < last; ++t)
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t start = b * block, count = min(block, task.columns - start);
-            block_to_integers<PLANES>(task.x + t * task.columns + start, count, min(block, stride - start),
-                                      x.planes + t * PLANES * stride + start, stride, x.scales + t * blocks + b,
-                                      x.sums + t * blocks + b);
+            float values[LLMQUANT_BLOCK_MOST];
+            read(task.x, task.x_kind, t * task.columns + start, count, values);
+            block_to_integers<PLANES>(values, min(block, stride - start), x.planes + t * PLANES * stride + start,
+                                      stride, x.scales + t * blocks + b, x.sums + t * blocks + b);
         }
 }
 
@@ -94,21 +92,12 @@ struct Grid {
 
     static Float scale(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
         const int64_t from = at(task, panel, group, v);
-        if (task.kind == 2) return load<Float>(static_cast<const float*>(task.scales) + from);
-        return from_half(static_cast<const uint16_t*>(task.scales) + from, task.kind == 1);
+        if (task.scale_kind == LLMQUANT_FP32) return load<Float>(static_cast<const float*>(task.scales) + from);
+        return from_half(static_cast<const uint16_t*>(task.scales) + from, task.scale_kind);
     }
 
     static Int zero(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
         return task.zeros ? widen(task.zeros + at(task, panel, group, v)) : Int{} + (1 << (task.bits - 1));
-    }
-
-    // bf16 is the upper half of a float. fp16 with its bits put in place lacks 112 in the exponent; no scale is Inf or
-    // NaN.
-    static Float from_half(const uint16_t* from, bool ieee) {
-        const Int word = widen(from);
-        if (!ieee) return (Float)(word << 16);
-        const Float magnitude = (Float)((word & 0x7fff) << 13) * 0x1p112f;
-        return (Float)((Int)magnitude | (word & 0x8000) << 16);
     }
 };
 
@@ -201,11 +190,10 @@ class Tile {
 
     void write(const Float* values, int64_t t, int64_t row) const {
         const int64_t count = min(PANEL, task.rows - row);
-        float lanes[PANEL];
-        for (int v = 0; v < V; ++v) store(lanes + v * LANES, values[v]);
-        if (task.bias)
-            for (int64_t r = 0; r < count; ++r) lanes[r] += task.bias[row + r];
-        __builtin_memcpy(task.y + t * task.rows + row, lanes, count * sizeof(float));
+        float lanes[PANEL], bias[PANEL] = {};
+        if (task.bias) read(task.bias, task.bias_kind, row, count, bias);
+        for (int v = 0; v < V; ++v) store(lanes + v * LANES, values[v] + load<Float>(bias + v * LANES));
+        llmquant::write(lanes, task.y, task.x_kind, t * task.rows + row, count);
     }
 
     const LlmquantLinear& task;
@@ -251,42 +239,10 @@ void multiply_any(const LlmquantLinear& task, const Integers& x, int64_t first, 
         task.planes == 1 ? multiply<8, 1>(task, x, first, last) : multiply<8, 2>(task, x, first, last);
 }
 
-// ---- the real weight, transposed
-
-template <int BITS>
-void dequantize(const LlmquantLinear& task, int64_t first, int64_t last) {
-    constexpr int64_t COLUMNS = 32 / BITS;  // in a step
-    constexpr int MASK = (1 << BITS) - 1;
-    for (int64_t panel = first; panel < last; ++panel) {
-        const uint8_t* codes = task.codes + panel * offset<BITS>(padded(task.columns));
-        const int64_t count = min(PANEL, task.rows - panel * PANEL);
-        for (int64_t column = 0; column < task.columns; ++column) {
-            const int64_t step = column / COLUMNS, place = column % COLUMNS;
-            float* to = task.y + column * task.rows + panel * PANEL;
-            float lanes[PANEL];
-            for (int v = 0; v < V; ++v) {
-                const int64_t group = column / task.group;
-                const Int bytes = load<Int>(codes + step * STEP + v * 4 * LANES);
-                const Int code = bytes >> static_cast<int>(place % 4 * 8 + place / 4 * 4) & MASK;
-                store(lanes + v * LANES, __builtin_convertvector(code - Grid::zero(task, panel, group, v), Float) *
-                                             Grid::scale(task, panel, group, v));
-            }
-            if (count == PANEL)
-                __builtin_memcpy(to, lanes, sizeof lanes);
-            else
-                __builtin_memcpy(to, lanes, count * sizeof(float));
-        }
-    }
-}
-
-void dequantize_any(const LlmquantLinear& task, int64_t first, int64_t last) {
-    task.bits == 4 ? dequantize<4>(task, first, last) : dequantize<8>(task, first, last);
-}
-
 }  // namespace
 
 namespace LLMQUANT_LEVEL {
-const LinearKernels linear = {to_integers_any, multiply_any, dequantize_any};
+const LinearKernels linear = {to_integers_any, multiply_any};
 }
 
 }  // namespace llmquant

@@ -1,21 +1,25 @@
 """`torch.ops.llmquant.w4_linear`: the product with a packed weight.
 
-The native library serves the CPU where it was built; everything else is the reference.
+The native library serves the CPU where it was built: bound to torch by csrc/torch, or called from here where that part
+was not built. Everything else is the reference.
 """
+
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from llmquant.errors import RecipeError
 from llmquant.kernels import reference
 from llmquant.kernels.cpu import PLANES, Native
 from llmquant.kernels.layout import CHUNK, KINDS, PANEL, Panels
-from llmquant.native import Library, find_library
+from llmquant.native import BINDING, Library, find_library
 from llmquant.scheme import Scheme
 
 _definitions = torch.library.Library("llmquant", "DEF")
 _definitions.define(
     "w4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int bits, int group_size,"
-    " str precision) -> Tensor"
+    " int planes) -> Tensor"
 )
 
 
@@ -29,13 +33,13 @@ def _w4_linear(
     rows: int,
     bits: int,
     group_size: int,
-    precision: str,
+    planes: int,
 ) -> Tensor:
     scheme, panels = Scheme(bits, group_size, zeros is None), Panels(codes, scales, zeros)
-    _check(x, panels, bias, rows, scheme, precision)
+    _check(x, panels, bias, rows, scheme, planes)
     library = find_library()
     if isinstance(library, Library) and x.device.type == "cpu":
-        return Native(library).linear(x, panels, bias, rows, scheme, precision)
+        return Native(library).linear(x.contiguous(), panels, bias, rows, scheme, planes)
     return reference.linear(x, panels, bias, rows, scheme)
 
 
@@ -49,30 +53,40 @@ def _w4_linear_fake(
     rows: int,
     bits: int,
     group_size: int,
-    precision: str,
+    planes: int,
 ) -> Tensor:
-    _check(x, Panels(codes, scales, zeros), bias, rows, Scheme(bits, group_size, zeros is None), precision)
+    _check(x, Panels(codes, scales, zeros), bias, rows, Scheme(bits, group_size, zeros is None), planes)
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _check(x: Tensor, panels: Panels, bias: Tensor | None, m: int, scheme: Scheme, precision: str) -> None:
+def _check(x: Tensor, panels: Panels, bias: Tensor | None, m: int, scheme: Scheme, planes: int) -> None:
     """Native code trusts the sizes that it is given: this is where they are checked."""
     n, count = x.shape[-1], -(-m // PANEL)
     steps = -(-n // CHUNK) * CHUNK * scheme.bits // 32
     grid = (count, scheme.groups(n), PANEL)
     codes, scales, zeros = panels
-    _expect("x", x, x.shape, x.is_floating_point())
-    _expect("codes", codes, (count, steps, PANEL, 4), codes.dtype == torch.uint8, codes.is_contiguous())
-    _expect("scales", scales, grid, scales.dtype in KINDS, scales.is_contiguous())
+    _expect("x", x.contiguous(), x.shape, KINDS)
+    _expect("codes", codes, (count, steps, PANEL, 4), (torch.uint8,))
+    _expect("scales", scales, grid, KINDS)
     if zeros is not None:
-        _expect("zeros", zeros, grid, zeros.dtype == torch.uint8, zeros.is_contiguous())
+        _expect("zeros", zeros, grid, (torch.uint8,))
     if bias is not None:
-        _expect("bias", bias, (m,), bias.is_floating_point())
-    if precision not in PLANES:
-        raise ValueError(f"w4_linear: precision is {precision!r}; use one of {', '.join(PLANES)}")
+        _expect("bias", bias, (m,), KINDS)
+    if planes not in PLANES.values():
+        raise RuntimeError(f"w4_linear: planes is {planes}; use 1 or 2")
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], *rest: bool) -> None:
-    if tuple(tensor.shape) != tuple(shape) or not all(rest):
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes or not tensor.is_contiguous():
         found = f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}"
-        raise ValueError(f"w4_linear: {name} is {found}; expected a contiguous {tuple(shape)}")
+        wanted = " or ".join(map(str, dtypes))
+        raise RuntimeError(f"w4_linear: {name} is {found}; expected contiguous {wanted} {tuple(shape)}")
+
+
+def _bind() -> None:
+    with suppress(RecipeError, OSError):  # said where a product is asked for, or not needed
+        if isinstance(find_library(), Library) and BINDING.is_file():
+            torch.ops.load_library(BINDING)
+
+
+_bind()

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.kernels import ops  # noqa: F401  (defines torch.ops.llmquant)
+from llmquant.kernels.cpu import PLANES
 from llmquant.kernels.layout import Panels, pack
 from llmquant.scheme import Quantized, Scheme
+
+W4_LINEAR = torch.ops.llmquant.w4_linear.default
 
 
 class QuantLinear(nn.Module):
@@ -48,8 +51,9 @@ class QuantLinear(nn.Module):
         return Panels(self.codes, self.scales, self.zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = *self.panels, self.bias, self.out_features
-        return torch.ops.llmquant.w4_linear(x, *weight, self.scheme.bits, self.scheme.group_size, self.precision)
+        held = self._buffers  # not as attributes: a look into each of nn.Module's dictionaries costs a microsecond
+        weight = held["codes"], held["scales"], held["zeros"], self._parameters["bias"], self.out_features
+        return W4_LINEAR(x, *weight, self.scheme.bits, self.scheme.group_size, PLANES[self.precision])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"

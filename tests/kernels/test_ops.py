@@ -4,14 +4,17 @@ import pytest
 import torch
 from kernel_cases import SCHEMES, Weight, relative_error, weight
 
+from llmquant.errors import RecipeError
 from llmquant.kernels import ops, reference  # noqa: F401  (ops registers the operator)
+from llmquant.kernels.cpu import PLANES, Native
+from llmquant.native import find_library
 from llmquant.scheme import Scheme
 
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, int, str]
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, int, int]
 
 
-def operands(w: Weight, bias: torch.Tensor | None = None, precision: str = "exact") -> Operands:
-    return (*w.panels, bias, len(w.real), w.scheme.bits, w.scheme.group_size, precision)
+def operands(w: Weight, bias: torch.Tensor | None = None, planes: int = 2) -> Operands:
+    return (*w.panels, bias, len(w.real), w.scheme.bits, w.scheme.group_size, planes)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -23,13 +26,13 @@ def test_the_operator_is_the_reference(scheme: Scheme, tokens: int) -> None:
     assert relative_error(y, expected.double()) < 1e-3
 
 
-@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("planes", PLANES.values(), ids=PLANES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_accepts_the_operator(dtype: torch.dtype, precision: str) -> None:
+def test_torch_accepts_the_operator(dtype: torch.dtype, planes: int) -> None:
     w = weight(Scheme(4, 32, symmetric=False), 8, 64)
     for x in (torch.randn(3, 64, dtype=dtype), torch.randn(2, 1, 64, dtype=dtype)):
         for bias in (torch.randn(8), None):
-            torch.library.opcheck(torch.ops.llmquant.w4_linear.default, (x, *operands(w, bias, precision)))
+            torch.library.opcheck(torch.ops.llmquant.w4_linear.default, (x, *operands(w, bias, planes)))
 
 
 @pytest.mark.parametrize(
@@ -49,11 +52,31 @@ def test_sizes_are_checked_before_native_code_trusts_them(name: str, change: obj
     w = weight(Scheme(4, 32, symmetric=False), 8, 64)
     assert callable(change)
     changed = change(torch.randn(2, 64), *w.panels, torch.randn(8))
-    with pytest.raises(ValueError, match=f"w4_linear: {name} is "):
-        torch.ops.llmquant.w4_linear(*changed, 8, 4, 32, "exact")
+    with pytest.raises(RuntimeError, match=f"w4_linear: {name} is "):
+        torch.ops.llmquant.w4_linear(*changed, 8, 4, 32, 2)
 
 
-def test_an_unknown_precision_is_refused() -> None:
-    w = weight(Scheme(4, 32), 8, 64)
-    with pytest.raises(ValueError, match="precision is 'half'; use one of int8, exact"):
-        torch.ops.llmquant.w4_linear(torch.randn(1, 64), *operands(w, None, "half"))
+def test_numbers_out_of_range_are_refused() -> None:
+    w, x = weight(Scheme(4, 32), 8, 64), torch.randn(1, 64)
+    with pytest.raises(RuntimeError, match="planes is 3; use 1 or 2"):
+        torch.ops.llmquant.w4_linear(x, *operands(w, None, 3))
+    for bits, group_size in ((5, 32), (4, 0), (4, 33), (4, -2)):
+        with pytest.raises((RuntimeError, RecipeError), match=r"bits|group_size"):
+            torch.ops.llmquant.w4_linear(x, *w.panels, None, 8, bits, group_size, 2)
+
+
+def test_x_may_stand_in_any_order() -> None:
+    w, x = weight(Scheme(4, 32), 8, 64), torch.randn(64, 5)
+    y = torch.ops.llmquant.w4_linear(x.T, *operands(w))
+    assert torch.equal(y, torch.ops.llmquant.w4_linear(x.T.contiguous(), *operands(w)))
+
+
+def test_without_the_binding_the_library_is_called_all_the_same() -> None:
+    """The same bytes by ctypes as through torch."""
+    library = find_library()
+    if isinstance(library, str):
+        pytest.skip(f"the native library is not in use: {library}")
+    w, x, bias = weight(Scheme(4, 32, symmetric=False), 24, 96), torch.randn(2, 3, 96).bfloat16(), torch.randn(24)
+    y = Native(library).linear(x, w.panels, bias, 24, w.scheme)
+    assert torch.equal(y, torch.ops.llmquant.w4_linear(x, *operands(w, bias)))
+    assert y.shape == (2, 3, 24)
