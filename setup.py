@@ -18,6 +18,16 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("LLMQUANT_NATIVE", "")
+KERNELS, BINDING = "llmquant._native.llmquant_cpu", "llmquant._native.llmquant_torch"
+
+
+def torch_directory() -> str:
+    """Of the installed package, whose headers the binding needs; empty where there is none, as in an isolated build."""
+    spec = find_spec("torch")  # not imported, which takes seconds
+    return str(Path(spec.origin).parent) if spec and spec.origin else ""
+
+
+TORCH = torch_directory()
 
 
 class CMakeBuild(build_ext):
@@ -27,13 +37,12 @@ class CMakeBuild(build_ext):
         return fullname.replace(".", os.sep) + ".so"  # no Python in it, so no Python version in its name
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == BINDING:
+            return  # the build of the kernels makes it, too
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        options = f"-DLLMQUANT_OUTPUT={output}", f"-DLLMQUANT_TORCH={TORCH}"
         try:
-            torch = find_spec("torch")  # not imported: only its headers are wanted
-            where = Path(torch.origin).parent if torch and torch.origin else ""
-            self.cmake(
-                "-S", str(ROOT), "-B", self.build_temp, f"-DLLMQUANT_OUTPUT={output}", f"-DLLMQUANT_TORCH={where}"
-            )
+            self.cmake("-S", str(ROOT), "-B", self.build_temp, *options)
             self.cmake("--build", self.build_temp, "--parallel", "--config", "Release")
         except (OSError, subprocess.CalledProcessError) as error:
             if WANTED == "1":
@@ -59,9 +68,9 @@ class AnyPythonWheel(bdist_wheel):
 
 
 def main() -> None:
-    extension = Extension("llmquant._native.llmquant_cpu", sources=[], optional=WANTED != "1")
+    names = [] if WANTED == "0" else [KERNELS, BINDING] if TORCH else [KERNELS]
     setup(
-        ext_modules=[] if WANTED == "0" else [extension],
+        ext_modules=[Extension(name, sources=[], optional=WANTED != "1") for name in names],
         cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     )
 

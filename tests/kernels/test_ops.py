@@ -7,7 +7,7 @@ from kernel_cases import SCHEMES, Weight, relative_error, weight
 from llmquant.errors import RecipeError
 from llmquant.kernels import ops, reference  # noqa: F401  (ops registers the operator)
 from llmquant.kernels.cpu import PLANES, Native
-from llmquant.native import find_library
+from llmquant.native import BINDING, find_library
 from llmquant.scheme import Scheme
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int, int, int]
@@ -80,3 +80,8 @@ def test_without_the_binding_the_library_is_called_all_the_same() -> None:
     y = Native(library).linear(x, w.panels, bias, 24, w.scheme)
     assert torch.equal(y, torch.ops.llmquant.w4_linear(x, *operands(w, bias)))
     assert y.shape == (2, 3, 24)
+
+
+@pytest.mark.skipif(not BINDING.is_file(), reason=f"{BINDING.name} was not built: torch's headers were not at hand")
+def test_torch_calls_the_library_itself_where_it_is_bound() -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("llmquant::w4_linear", "CPU")
