@@ -1,20 +1,30 @@
 """A linear layer that keeps its weight packed."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from llmquant.formats import FORMATS, Format
 from llmquant.kernels import ops  # noqa: F401  (defines torch.ops.llmquant)
 from llmquant.kernels.cpu import PLANES
-from llmquant.kernels.layout import Panels, pack
+from llmquant.kernels.layout import Panels, pack, unpack
 from llmquant.scheme import Quantized, Scheme
 
 W4_LINEAR = torch.ops.llmquant.w4_linear.default
 
 
+class Stored(NamedTuple):
+    """How a checkpoint holds the weight, which is what `state_dict` gives."""
+
+    format: Format
+    scheme: Scheme
+    dtype: torch.dtype  # of the scales
+
+
 class QuantLinear(nn.Module):
-    """y = x W^T + bias, with W [m, n] in integers; x [..., n] of any floating-point dtype gives y [..., m] of the same.
+    """y = x W^T + bias, with W [m, n] in integers; x [..., n] in bf16, fp16 or fp32 gives y [..., m] of the same.
 
     Attributes:
         codes, scales, zeros: the weight as `kernels.layout.Panels`.
@@ -27,22 +37,25 @@ class QuantLinear(nn.Module):
     zeros: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, m: int, n: int, scheme: Scheme, panels: Panels) -> None:
+    def __init__(self, m: int, n: int, scheme: Scheme, panels: Panels, stored: Stored | None = None) -> None:
         super().__init__()
         self.in_features = n
         self.out_features = m
         self.scheme = scheme
+        self.stored = stored or Stored(FORMATS["compressed-tensors"], scheme, panels.scales.dtype)
         self.precision = "exact"
         for name, buffer in panels._asdict().items():
             self.register_buffer(name, buffer)
         self.register_parameter("bias", None)
 
     @classmethod
-    def from_quantized(cls, q: Quantized, scheme: Scheme, bias: nn.Parameter | None = None) -> "QuantLinear":
+    def from_quantized(
+        cls, q: Quantized, scheme: Scheme, bias: nn.Parameter | None = None, stored: Stored | None = None
+    ) -> "QuantLinear":
         """Pack a quantized weight. The kernels know 4 and 8 bits: 3-bit codes take the room of 4-bit ones here."""
         held = Scheme(4, scheme.group_size, symmetric=False) if scheme.bits == 3 else scheme
         m, n = q.codes.shape
-        linear = cls(m, n, held, pack(q, held))
+        linear = cls(m, n, held, pack(q, held), stored)
         linear.bias = bias
         return linear
 
@@ -57,6 +70,21 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        q = unpack(self.panels, self.out_features, self.in_features, self.scheme)
+        destination.update(self.stored.format.pack(prefix.removesuffix("."), q, self.stored.scheme, self.stored.dtype))
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Raises KeyError if a tensor is missing, CheckpointError if it is malformed."""
+        m, n, read = self.out_features, self.in_features, state_dict.__getitem__
+        q = self.stored.format.unpack(prefix.removesuffix("."), read, m, n, self.stored.scheme)
+        for name, buffer in pack(q, self.scheme)._asdict().items():
+            self._buffers[name] = buffer
+        if self.bias is not None:
+            self.bias.data.copy_(state_dict[f"{prefix}bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """Move as told, but keep the scales' precision: a cast of the model is meant for what flows through it."""

@@ -14,7 +14,7 @@ from llmquant.errors import CheckpointError, RecipeError
 from llmquant.formats import for_config
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.shell import check_finite, empty_model, place, read_config, stored_as, tied_names
-from llmquant.runtime.linear import QuantLinear
+from llmquant.runtime.linear import QuantLinear, Stored
 
 GENERATION = "generation_config.json"
 
@@ -35,11 +35,12 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, precision: str
         raise RecipeError(f"precision: {precision!r} is none; use one of {', '.join(PLANES)}")
     source = Checkpoint.open(directory)
     config = read_config(source)
-    dtype = dtype or stored_dtype(config)
+    stored = stored_dtype(config)
+    dtype = dtype or stored
     model = empty_model(config)
     model.config.dtype = dtype
     names = [name for name in model.state_dict() if name not in tied_names(model)]
-    packed = quantize_linears(model, source, precision)
+    packed = quantize_linears(model, source, stored, precision)
     for name in names:
         if name not in packed:
             _place(model, name, _read(name, model, source), dtype)
@@ -54,8 +55,11 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def quantize_linears(model: PreTrainedModel, source: Checkpoint, precision: str) -> set[str]:
-    """Put a QuantLinear in the place of each linear that is quantized; the names of the weights they replace."""
+def quantize_linears(model: PreTrainedModel, source: Checkpoint, dtype: torch.dtype, precision: str) -> set[str]:
+    """Put a QuantLinear in the place of each linear that is quantized; the names of the weights they replace.
+
+    `dtype` is that of the original model, in which the scales are exact.
+    """
     block = source.config.get("quantization_config")
     if not block:
         return set()
@@ -65,9 +69,10 @@ def quantize_linears(model: PreTrainedModel, source: Checkpoint, precision: str)
     for name, scheme in schemes.items():
         m, n = linears[name].weight.shape
         q = layout.unpack(name, lambda tensor: _read(tensor, model, source), m, n, scheme)
-        linear = QuantLinear.from_quantized(q, scheme, linears[name].bias)
+        linear = QuantLinear.from_quantized(q, scheme, linears[name].bias, Stored(layout, scheme, dtype))
         linear.precision = precision
         model.set_submodule(name, linear)
+    model.config.quantization_config = block  # for save_pretrained
     return {f"{name}.weight" for name in schemes}
 
 

@@ -186,3 +186,27 @@ def test_a_shape_that_config_does_not_ask_for_is_refused(make_packed: MakeCheckp
 
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: shape \(511, 64\), but config\.json asks for"):
         load(rewrite(make_packed(rtn()), tmp_path / "broken", cut))
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3", "opt", "gpt_neox"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_what_is_saved_is_what_was_loaded(make_packed: MakeCheckpoint, tmp_path: Path, arch: str, format: str) -> None:
+    scheme = Scheme(3, 32, symmetric=False) if format == "compressed-tensors" else Scheme(4, 32)
+    packed = make_packed(rtn(format, scheme), arch=arch)
+    model = load(packed)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    before, after = load_file(packed / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_state_dict_can_be_loaded(make_packed: MakeCheckpoint) -> None:
+    model, other = load(make_packed(rtn(), arch="opt")), load(make_packed(rtn(), arch="opt"))
+    for module in other.modules():
+        if isinstance(module, QuantLinear):
+            module.codes.zero_()
+            module.bias.data.zero_()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
