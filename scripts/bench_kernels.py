@@ -4,11 +4,12 @@
 
 Peers are torch in fp32 and bf16, torch's int4 kernel, and ONNX Runtime's MatMulNBits where `onnx` and `onnxruntime` are
 installed. Each call takes the next of so many copies of the weight that none is in a cache when its turn comes. Given
-is the median; beside it the share of the bandwidth that reading memory reached in the same run, and the rate.
+is the median; beside it the rate, and the share of the bandwidth that reading as many bytes reached in its turn.
 """
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ SHAPES = "4096x4096,2048x8192,4096x14336,14336x4096"  # n x m: in features, out 
 TOKENS = "1,4,16,128,512"
 ROTATED = 192 * 2**20  # bytes of weights, and at least two
 TURNS, EACH_TURN, SECONDS = 20, 3, 1.5  # of each backend at the most
+READING = "reading memory"
 PAUSE, AWAKE = 0.02, 0.01  # seconds
 
 Call = Callable[[Tensor], Any]
@@ -87,7 +89,7 @@ def onnx_runtime(q: Quantized, scheme: Scheme) -> dict[str, tuple[int, Call]]:
 
 def backends() -> list[Callable[[Quantized, Scheme], dict[str, tuple[int, Call]]]]:
     optional = [onnx_runtime] if find_spec("onnx") and find_spec("onnxruntime") else []
-    return [ours, torch_dense, torch_int4, *optional]
+    return [reading, ours, torch_dense, torch_int4, *optional]
 
 
 def random_weight(m: int, n: int, scheme: Scheme, seed: int) -> Quantized:
@@ -98,15 +100,10 @@ def random_weight(m: int, n: int, scheme: Scheme, seed: int) -> Quantized:
     return Quantized(codes, scales, torch.full(grid, 8, dtype=torch.uint8))
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of reading, in sums of numbers far beyond the caches; the best of some."""
-    block = torch.ones(2**26)
-    best = 0.0
-    for _ in range(8):
-        started = time.perf_counter()
-        block.sum()
-        best = max(best, block.nbytes / (time.perf_counter() - started))
-    return best
+def reading(q: Quantized, _: Scheme) -> dict[str, tuple[int, Call]]:
+    """What the memory allows: a sum of as many bytes as the codes have."""
+    block = torch.ones(q.codes.numel() // 8)
+    return {READING: (block.nbytes, lambda _: block.sum())}
 
 
 def measure(m: int, n: int, scheme: Scheme, counts: list[int]) -> list[dict[str, Any]]:
@@ -131,11 +128,13 @@ def measure(m: int, n: int, scheme: Scheme, counts: list[int]) -> list[dict[str,
             for name, calls in turns.items():
                 if sum(times[name]) < SECONDS:
                     times[name] += timed(calls, x)
+        bandwidth = sizes[READING] / statistics.median(times.pop(READING))
         for name, taken in times.items():
             error = float((copies[name][0](x).double() - exact).norm() / exact.norm())
             seconds = statistics.median(taken)
             row = {"n": n, "m": m, "tokens": count, "backend": name, "seconds": seconds, "bytes": sizes[name]}
-            found.append(row | {"relative_error": error, "flops": 2 * m * n * count / seconds})
+            row |= {"bandwidth": bandwidth, "relative_error": error, "flops": 2 * m * n * count / seconds}
+            found.append(row)
     return found
 
 
@@ -162,24 +161,26 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    bandwidth = read_bandwidth()
-    print(f"{describe_backend()}, {torch.get_num_threads()} threads, reads {bandwidth / 1e9:.1f} GB/s")
+    shapes = [tuple(map(int, shape)) for shape in re.findall(r"(?:^|,)([1-9]\d*)x([1-9]\d*)(?=,|$)", args.shapes)]
+    if len(shapes) != args.shapes.count(",") + 1 or any(n % args.group_size for n, _ in shapes):
+        parser.error(
+            f"--shapes {args.shapes}: give columns x rows like {SHAPES}, columns in groups of {args.group_size}"
+        )
+    print(f"{describe_backend()}, {torch.get_num_threads()} threads")
     results = []
     with torch.inference_mode():
-        for shape in args.shapes.split(","):
-            n, m = map(int, shape.split("x"))
-            if n % args.group_size:
-                parser.error(f"--shapes {shape}: {n} columns are no whole groups of {args.group_size}")
+        for n, m in shapes:
             for row in measure(m, n, Scheme(4, args.group_size), [int(count) for count in args.tokens.split(",")]):
-                share = row["bytes"] / row["seconds"] / bandwidth
+                share, rate = row["bytes"] / row["seconds"] / row["bandwidth"], row["flops"] / 1e9
                 print(
                     f"{n:>6}x{m:<6} {row['tokens']:>4} tokens  {row['backend']:26}{1e3 * row['seconds']:>9.3f} ms"
-                    f"{share:>7.0%} of bandwidth{row['flops'] / 1e9:>8.0f} GFLOP/s  error {row['relative_error']:.1e}",
+                    f"{share:>7.0%} of {row['bandwidth'] / 1e9:.1f} GB/s{rate:>8.0f} GFLOP/s"
+                    f"  error {row['relative_error']:.1e}",
                     flush=True,
                 )
                 results.append(row)
     if args.json:
-        facts = {"backend": describe_backend(), "threads": torch.get_num_threads(), "bandwidth": bandwidth}
+        facts = {"backend": describe_backend(), "threads": torch.get_num_threads()}
         args.json.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
 
 
