@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmquant.kernels.layout import unpack
 from llmquant.runtime.linear import QuantLinear
 from llmquant.runtime.loader import load
+from llmquant.scheme import dequantize
 
 IDS = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(0))
 TEXT = (
@@ -31,9 +33,25 @@ def needs(*packages: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed; run make clients")
 
 
+class RealLinear(torch.nn.Linear):
+    """A quantized weight as real numbers."""
+
+
+def real(directory: Path) -> PreTrainedModel:
+    """Our model in fp32 with its weights as real numbers, for products without any rounding of activations."""
+    model = load(directory, torch.float32)
+    for name, linear in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
+        q = unpack(linear.panels, linear.out_features, linear.in_features, linear.scheme)
+        plain = RealLinear(linear.in_features, linear.out_features, bias=False)
+        plain.weight.data = dequantize(q, linear.scheme)
+        plain.bias = linear.bias
+        model.set_submodule(name, plain)
+    return model
+
+
 def check_fp32(client: PreTrainedModel, directory: Path, ids: Tensor = IDS) -> None:
     """The same weights, the same logits but for the order of sums, the same greedy continuation."""
-    ours = load(directory, torch.float32)
+    ours = real(directory)
     assert distance(logits(client, ids), logits(ours, ids)) < FP32_ROUNDING
     assert differing_weights(client, ours) == []  # some clients unpack their weights when first called, above
     assert torch.equal(greedy(client, ids[:1]), greedy(ours, ids[:1]))
@@ -45,7 +63,7 @@ def check_bf16(client: PreTrainedModel, directory: Path, ids: Tensor = IDS) -> N
     The yardstick is our own runtime, whose weights are always exact, with bf16 activations. A client may round its
     weights to bf16 as well, which errs about as much again; a wrong weight is farther off by orders of magnitude.
     """
-    exact = logits(load(directory, torch.float32), ids)
+    exact = logits(real(directory), ids)
     noise = distance(logits(load(directory, torch.bfloat16), ids), exact)
     assert client.dtype == torch.bfloat16
     assert noise < 0.05
@@ -54,21 +72,18 @@ def check_bf16(client: PreTrainedModel, directory: Path, ids: Tensor = IDS) -> N
 
 @torch.inference_mode()
 def differing_weights(client: PreTrainedModel, ours: PreTrainedModel, stored: torch.dtype = torch.float32) -> list[str]:
-    """The linears in which `client`, a model in fp32, does not multiply by exactly our weight rounded to `stored`.
+    """The linears in which `client`, a model in fp32, does not multiply by exactly the weight of `real` in `stored`.
 
     The product with the unit vectors is the weight itself, whatever computes it: each sum has a single term.
     """
-    linears = {name: module for name, module in ours.named_modules() if isinstance(module, QuantLinear)}
+    linears = {name: module for name, module in ours.named_modules() if isinstance(module, RealLinear)}
     assert linears
     return [name for name, own in linears.items() if not _same(client.get_submodule(name), own, stored)]
 
 
-def _same(theirs: torch.nn.Module, own: QuantLinear, stored: torch.dtype) -> bool:
-    unit = torch.eye(own.in_features)
-    bias, own.bias = own.bias, None
-    expected = own(unit).to(stored).float()
-    own.bias = bias
-    return torch.equal(theirs(unit), expected if bias is None else expected + bias)
+def _same(theirs: torch.nn.Module, own: RealLinear, stored: torch.dtype) -> bool:
+    expected = own.weight.T.to(stored).float()
+    return torch.equal(theirs(torch.eye(own.in_features)), expected if own.bias is None else expected + own.bias)
 
 
 @torch.inference_mode()

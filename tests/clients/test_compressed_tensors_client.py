@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from client_checks import IDS, TEXT, check_bf16, check_fp32, differing_weights, distance, logits, needs
+from client_checks import IDS, TEXT, check_bf16, check_fp32, differing_weights, distance, logits, needs, real
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmquant.runtime.loader import load
@@ -56,7 +56,7 @@ def test_symmetric(quantized, recipe):
 def test_asymmetric(quantized, recipe):
     """Here the client computes weights in the dtype of the scales: products of up to 12 bits, rounded to bf16."""
     directory = quantized(**recipe)
-    client, ours = open_client(directory, torch.float32), load(directory, torch.float32)
+    client, ours = open_client(directory, torch.float32), real(directory)
     assert differing_weights(client, ours, stored=torch.bfloat16) == []
     exact = logits(ours, IDS)
     noise = distance(logits(load(directory, torch.bfloat16), IDS), exact)

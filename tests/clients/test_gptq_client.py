@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from client_checks import IDS, TEXT, check_bf16, check_fp32, differing_weights, distance, logits, needs
+from client_checks import IDS, TEXT, check_bf16, check_fp32, differing_weights, distance, logits, needs, real
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
-
-from llmquant.runtime.loader import load
 
 pytestmark = needs("accelerate", "gptqmodel", "optimum")
 
@@ -39,7 +37,7 @@ def test_symmetric(quantized, recipe):
 def test_int8(quantized):
     """The client computes weights in the dtype of the scales: products of up to 15 bits, rounded to fp16."""
     directory = quantized(format="gptq", scheme={"bits": 8, "group_size": 64})
-    client, ours = open_client(directory, torch.float32), load(directory, torch.float32)
+    client, ours = open_client(directory, torch.float32), real(directory)
     assert differing_weights(client, ours, stored=torch.float16) == []
     assert distance(logits(client, IDS), logits(ours, IDS)) < 2e-3
     check_bf16(open_client(directory, torch.bfloat16), directory)
