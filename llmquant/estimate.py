@@ -13,7 +13,7 @@ from llmquant.solve.train import SEQUENCES
 RUNTIME_BYTES = 600_000_000  # Python, torch and transformers themselves, as measured
 HESSIAN_COPIES = 7  # two sums, two means, reordered, factor, inverse factor
 WEIGHT_COPIES = 5  # stacked, corrected, reordered, codes with their grid, dequantized
-CANDIDATES = 3  # that `auto` solves
+SOLVED = 4  # by `auto`: three candidates at the most, and once more the one that is taken
 SPILL_BYTES = 2**29  # of the original model's activations: more of them go through a file
 
 
@@ -68,7 +68,7 @@ def _layer_flops(layout: Layout, groups: list[tuple[str, ...]], tokens: int, rec
     passes = 1 + bool(solver.correction) + 3 * solver.train * SEQUENCES * recipe.calibration.seq_len / max(tokens, 1)
     forward = passes * 2 * tokens * sum(m * n for m, n in stacks)
     moments = (1 + bool(solver.correction)) * 2 * tokens * sum(n * n for _, n in stacks)
-    solve = sum(2 * m * n * n + 2 * n**3 for m, n in stacks) * (CANDIDATES if recipe.method == "auto" else 1)
+    solve = sum(2 * m * n * n + 2 * n**3 for m, n in stacks) * (SOLVED if recipe.method == "auto" else 1)
     return forward + moments + solve
 
 

@@ -42,7 +42,7 @@ class Workplace:
 
     @property
     def held_out(self) -> set[int]:
-        """The batches that no solver sees: every eighth, or the last of fewer; none where nothing is judged by them."""
+        """The batches that something is judged by before a solver may see them: every eighth, or the last of fewer."""
         if self.stream is None or not (self.plan.recipe.method == "auto" or self.plan.recipe.solver.train):
             return set()
         count = len(self.stream.masks)

@@ -154,13 +154,22 @@ def timed(calls: Iterator[Call], x: Tensor) -> list[float]:
     return seconds
 
 
+def counts(text: str) -> list[int]:
+    """Positive numbers, separated by commas."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text}: give numbers like {TOKENS}")
+    return [int(count) for count in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--tokens", default=TOKENS)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--tokens", type=counts, default=TOKENS)
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=128)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no directory {args.json.parent}")
     shapes = [tuple(map(int, shape)) for shape in re.findall(r"(?:^|,)([1-9]\d*)x([1-9]\d*)(?=,|$)", args.shapes)]
     if len(shapes) != args.shapes.count(",") + 1 or any(n % args.group_size for n, _ in shapes):
         parser.error(
@@ -170,7 +179,7 @@ def main() -> None:
     results = []
     with torch.inference_mode():
         for n, m in shapes:
-            for row in measure(m, n, Scheme(4, args.group_size), [int(count) for count in args.tokens.split(",")]):
+            for row in measure(m, n, Scheme(4, args.group_size), args.tokens):
                 share, rate = row["bytes"] / row["seconds"] / row["bandwidth"], row["flops"] / 1e9
                 print(
                     f"{n:>6}x{m:<6} {row['tokens']:>4} tokens  {row['backend']:26}{1e3 * row['seconds']:>9.3f} ms"

@@ -24,8 +24,7 @@ Float nearest_integer(Float x) { return (x + 12582912.0f) - 12582912.0f; }  // b
 
 // ---- activations to integers
 
-// Activations of one block, filled up to its width. NaN and Inf make the scale NaN, and so all that is computed with
-// it.
+// Activations of one block, filled up to its width. NaN and Inf make the scale NaN, and all that is computed with it.
 template <int PLANES>
 void block_to_integers(const float* x, int64_t width, int8_t* to, int64_t stride, float* scale, int32_t* total) {
     constexpr float LIMIT = PLANES == 1 ? 127.0f : 127.0f * 128.0f + 63.0f;
