@@ -23,7 +23,7 @@ from llmquant.observer import Observer
 from llmquant.plan import Plan, Stack, Unit
 from llmquant.scheme import Quantized, Scheme, dequantize
 from llmquant.solve.awq import SAMPLED_ROWS, Loss, sampled
-from llmquant.solve.methods import Choices, Problem, Solution, choose, compare, solve
+from llmquant.solve.methods import Choices, Problem, Solution, compare, solve
 from llmquant.solve.moments import Moments, relative_error
 from llmquant.solve.train import token_loss, train_rounding
 
@@ -129,7 +129,7 @@ class _Work:
         method, judged = str(self.recipe.method), dict[str, Any]()
         if moments and method == "auto":
             errors = self.compare(self.problem(stack, stacked, moments, fold), moments)
-            method, judged = choose(errors), {"held_out": errors}
+            method, judged = min(errors, key=errors.__getitem__), {"held_out": errors}
         problem = self.problem(stack, stacked, moments, fold)
         solution = solve(problem, method)
         rows = [linear.m for linear in stack.linears]

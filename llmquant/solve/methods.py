@@ -18,7 +18,6 @@ from llmquant.solve.refine import refine
 from llmquant.solve.rtn import quantize_rtn
 
 TRIAL_ROWS = 256  # of the stacked weight, on which the candidates are compared
-RIVAL_GAIN = 0.05  # by so much of its error a candidate has to beat GPTQ
 
 
 @dataclass(frozen=True)
@@ -172,16 +171,6 @@ def compare(problem: Problem, x: Tensor, original: Tensor) -> dict[str, float]:
     candidates = ["gptq", "awq"] if problem.scales is None else ["gptq", "awq", "awq+gptq"]
     rows, error = sampled(problem.target, TRIAL_ROWS), held_out_error(sampled(problem.W, TRIAL_ROWS), x, original)
     return {name: error(METHODS[name](problem, rows).weight(problem.scheme)) for name in candidates}
-
-
-def choose(errors: dict[str, float]) -> str:
-    """The candidate to take.
-
-    Scales that are folded change the layer for all that follows, which the error of one linear does not see: rivals
-    that win by a hair here lose in the model (docs/accuracy.md).
-    """
-    best = min(errors, key=errors.__getitem__)
-    return best if errors[best] < (1 - RIVAL_GAIN) * errors["gptq"] else "gptq"
 
 
 def held_out_error(W: Tensor, x: Tensor, original: Tensor) -> Callable[[Tensor], float]:
