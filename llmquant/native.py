@@ -15,7 +15,7 @@ from llmquant.errors import RecipeError
 LIBRARY = Path(os.environ.get("LLMQUANT_LIBRARY") or Path(__file__).parent / "_native" / "llmquant_cpu.so")
 BINDING = LIBRARY.with_name("llmquant_torch.so")  # to torch, see csrc/torch
 VARIABLE = "LLMQUANT_BACKEND"
-ABI = 4
+ABI = 5
 
 
 class Library:

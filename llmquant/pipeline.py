@@ -11,6 +11,7 @@ from llmquant.calibration.stream import Stream
 from llmquant.checkpoint.journal import Journal
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.finish import already_finished, check_output, clear, finish
+from llmquant.kernels.attention import use_attention
 from llmquant.memory import return_large_blocks
 from llmquant.model.shell import Shell
 from llmquant.observer import Observer, Silent
@@ -45,6 +46,7 @@ def open_plan(model: str | Path, recipe: Recipe, options: Options = HERE) -> tup
     source = Checkpoint.open(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
     check_original(source)
     shell = Shell(source, options.device, options.compute_dtype)
+    use_attention(shell.model)
     return shell, make_plan(recipe, shell, options.max_memory)
 
 

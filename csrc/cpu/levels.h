@@ -6,6 +6,7 @@
 
 #define LLMQUANT_EXPORT extern "C" __attribute__((visibility("default")))
 
+struct LlmquantAttention;
 struct LlmquantLinear;
 struct LlmquantColumns;
 
@@ -25,6 +26,13 @@ struct LinearKernels {
     void (*multiply)(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last);     // panels
 };
 
+// attention.cpp, likewise: what can be done at the same time, and the numbers that each needs to work in.
+struct AttentionKernels {
+    int64_t (*items)(const LlmquantAttention& task);
+    int64_t (*scratch)(const LlmquantAttention& task);
+    void (*attend)(const LlmquantAttention& task, int64_t item, float* scratch);
+};
+
 // columns.cpp, likewise.
 struct SolveKernels {
     int64_t tile;  // rows that are best taken together
@@ -32,18 +40,24 @@ struct SolveKernels {
     void (*search_grids)(const LlmquantColumns& task, int64_t first, int64_t last);
 };
 
+namespace avx512bf16 {
+extern const AttentionKernels attention;
+}  // namespace avx512bf16
 namespace avx512vnni {
 extern const LinearKernels linear;
 }  // namespace avx512vnni
 namespace avx512 {
+extern const AttentionKernels attention;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace avx512
 namespace avx2 {
+extern const AttentionKernels attention;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace avx2
 namespace baseline {
+extern const AttentionKernels attention;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace baseline

@@ -1,9 +1,11 @@
 // The C interface: choose an instruction set, share the rows between threads.
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 
+#include "attention.h"
 #include "levels.h"
 #include "linear.h"
 #include "solve.h"
@@ -13,6 +15,7 @@ namespace {
 
 struct Level {
     const char* name;
+    const AttentionKernels* attention;
     const LinearKernels* linear;
     const SolveKernels* solve;
     bool usable;
@@ -27,13 +30,16 @@ bool supports_avx512() {
 const Level* levels() {
     static const Level all[] = {
 #if defined(__x86_64__)
-        {"AVX-512 VNNI", &avx512vnni::linear, &avx512::solve,
+        {"AVX-512 BF16", &avx512bf16::attention, &avx512vnni::linear, &avx512::solve,
+         supports_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")},
+        {"AVX-512 VNNI", &avx512::attention, &avx512vnni::linear, &avx512::solve,
          supports_avx512() && __builtin_cpu_supports("avx512vnni")},
-        {"AVX-512", &avx512::linear, &avx512::solve, supports_avx512()},
-        {"AVX2", &avx2::linear, &avx2::solve, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        {"AVX-512", &avx512::attention, &avx512::linear, &avx512::solve, supports_avx512()},
+        {"AVX2", &avx2::attention, &avx2::linear, &avx2::solve,
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-        {"baseline", &baseline::linear, &baseline::solve, true},
-        {nullptr, nullptr, nullptr, true},
+        {"baseline", &baseline::attention, &baseline::linear, &baseline::solve, true},
+        {nullptr, nullptr, nullptr, nullptr, true},
     };
     return all;
 }
@@ -64,7 +70,7 @@ int64_t panels(const LlmquantLinear& task) { return (task.rows + LLMQUANT_PANEL 
 }  // namespace
 }  // namespace llmquant
 
-int64_t llmquant_abi() { return 4; }
+int64_t llmquant_abi() { return 5; }
 
 const char* llmquant_level(int64_t level) { return llmquant::usable_level(level).name; }
 
@@ -90,6 +96,26 @@ int64_t llmquant_linear(const LlmquantLinear* task) {
     llmquant::share(llmquant::panels(*task), 1, task->threads, task->tokens * task->rows * task->columns,
                     [&](int64_t first, int64_t last) { kernels.multiply(*task, x, first, last); });
     return 0;
+}
+
+int64_t llmquant_attention(const LlmquantAttention* task) {
+    const llmquant::AttentionKernels& kernels = *llmquant::usable_level(task->level).attention;
+    const int64_t items = kernels.items(*task);
+    const auto scratch = static_cast<std::size_t>(kernels.scratch(*task));
+    std::atomic<bool> failed = false;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(std::min(task->threads, items)))
+#endif
+    {
+        const std::unique_ptr<float[]> own(new (std::nothrow) float[scratch]);
+        if (!own) failed = true;
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic)  // items differ in length, but not in what they compute
+#endif
+        for (int64_t item = 0; item < items; ++item)
+            if (own) kernels.attend(*task, item, own.get());
+    }
+    return failed;
 }
 
 void llmquant_round_columns(const LlmquantColumns* task) {

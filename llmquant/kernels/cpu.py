@@ -23,8 +23,22 @@ class _Task(ctypes.Structure):
     ]
 
 
+class _Attention(ctypes.Structure):
+    """`LlmquantAttention` of csrc/cpu/attention.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys", "qk_width", "v_width")),
+        *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
+        ("kind", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int64),
+        ("level", ctypes.c_int64),
+    ]
+
+
 class Native:
-    """The products of the native library."""
+    """What the native library computes at inference."""
 
     def __init__(self, library: Library) -> None:
         self._functions = library.functions
@@ -63,3 +77,29 @@ class Native:
         if self._functions.llmquant_linear(ctypes.byref(task)):
             raise MemoryError(f"no memory for {tuple(x.shape)} activations")
         return y
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, level: int = 0) -> Tensor:
+        """As `reference.attention`. On the CPU, all of one of KINDS, and the last dimension contiguous."""
+        batch, heads, queries, qk_width = q.shape
+        _, kv_heads, keys, v_width = v.shape
+        out = q.new_empty(batch, queries, heads, v_width)
+        task = _Attention(
+            **{name: tensor.data_ptr() for name, tensor in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True)},
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            queries=queries,
+            keys=keys,
+            qk_width=qk_width,
+            v_width=v_width,
+            q_strides=q.stride()[:3],
+            k_strides=k.stride()[:3],
+            v_strides=v.stride()[:3],
+            kind=KINDS.index(q.dtype),
+            scale=scale,
+            threads=torch.get_num_threads(),
+            level=level,
+        )
+        if self._functions.llmquant_attention(ctypes.byref(task)):
+            raise MemoryError(f"no memory for attention of {tuple(q.shape)} queries")
+        return out

@@ -1,4 +1,4 @@
-"""`torch.ops.llmquant.w4_linear`: the product with a packed weight.
+"""`torch.ops.llmquant`: `w4_linear`, the product with a packed weight, and `attention`, which is causal.
 
 The native library serves the CPU where it was built: bound to torch by csrc/torch, or called from here where that part
 was not built. Everything else is the reference.
@@ -21,6 +21,7 @@ _definitions.define(
     "w4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int bits, int group_size,"
     " int planes) -> Tensor"
 )
+_definitions.define("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 
 
 @torch.library.impl(_definitions, "w4_linear", "CompositeExplicitAutograd")
@@ -59,6 +60,22 @@ def _w4_linear_fake(
     return x.new_empty((*x.shape[:-1], rows))
 
 
+@torch.library.impl(_definitions, "attention", "CompositeExplicitAutograd")
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    _check_attention(q, k, v, scale)
+    library = find_library()
+    if isinstance(library, Library) and q.device.type == "cpu":
+        q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+        return Native(library).attention(q, k, v, scale)
+    return reference.attention(q, k, v, scale)
+
+
+@torch.library.register_fake("llmquant::attention")
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    _check_attention(q, k, v, scale)
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
 def _check(x: Tensor, panels: Panels, bias: Tensor | None, m: int, scheme: Scheme, planes: int) -> None:
     """Native code trusts the sizes that it is given: this is where they are checked."""
     n, count = x.shape[-1], -(-m // PANEL)
@@ -74,6 +91,18 @@ def _check(x: Tensor, panels: Panels, bias: Tensor | None, m: int, scheme: Schem
         _expect("bias", bias, (m,), KINDS)
     if planes not in PLANES.values():
         raise RuntimeError(f"w4_linear: planes is {planes}; use 1 or 2")
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    alike = q.dtype in KINDS and q.dtype == k.dtype == v.dtype and q.dim() == k.dim() == v.dim() == 4
+    if not alike or 0 in (*q.shape, *v.shape):
+        raise RuntimeError(f"attention: q, k, v are {[(t.dtype, tuple(t.shape)) for t in (q, k, v)]}; see reference.py")
+    (batch, heads, queries, width), (_, kv_heads, keys, v_width) = q.shape, v.shape
+    fits = k.shape == (batch, kv_heads, keys, width) and v.shape == (batch, kv_heads, keys, v_width)
+    if not fits or heads % kv_heads or queries > keys:
+        raise RuntimeError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    if not scale > 0:
+        raise RuntimeError(f"attention: scale is {scale}; it has to be positive")
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

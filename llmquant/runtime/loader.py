@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError, RecipeError
 from llmquant.formats import for_config
+from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.shell import check_finite, empty_model, place, read_config, stored_as, tied_names
 from llmquant.runtime.linear import QuantLinear, Stored
@@ -45,6 +46,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, precision: str
         if name not in packed:
             _place(model, name, _read(name, model, source), dtype)
     model.tie_weights()
+    use_attention(model)
     _load_generation_config(model, source.root)
     return model
 

@@ -10,19 +10,21 @@ from torch import Tensor
 from llmquant.errors import NumericsError
 
 HELD_TOKENS = 512  # enough to rank by; spread over all that were held out
-STRIP = 512  # columns of H computed together, from the diagonal on: what is below it follows by symmetry
+STRIP = 256  # columns of H computed together, from the diagonal on: what is below it follows by symmetry
+TOGETHER = 2048  # tokens: products of fewer take longer, each time by the size of H
 
 
 class Moments:
     """Running sums over the tokens that count, fp32 [n, n]; and tokens that are held out of them for a while.
 
-    A batch's products are in the precision of its activations. In bf16 that rounds each entry of them by 2^-9 at most,
+    Products are in the precision of the activations. In bf16 that rounds each entry of them by 2^-9 at most,
     at random: far below what a few thousand tokens leave open about it, and twice to four times as fast.
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu", *, compared: bool = False) -> None:
         self._H = torch.zeros(n, n, device=device)
         self._D = torch.zeros(n, n, device=device) if compared else None
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # for others, to be added together
         self._held: list[tuple[Tensor, Tensor]] = []
         self.tokens = 0
 
@@ -31,12 +33,22 @@ class Moments:
 
         `original` [..., n] are the same tokens in the original model; without them, X is X^.
         """
-        x, original = _flat(x, mask), None if original is None else _flat(original, mask)
+        x = _flat(x, mask)
+        self._waiting.append((x, x if original is None else _flat(original, mask)))
+        self.tokens += len(x)
+        if sum(len(x) for x, _ in self._waiting) >= TOGETHER:
+            self._add()
+
+    def _add(self) -> None:
+        """Add what is waiting."""
+        if not self._waiting:
+            return
+        x, original = (torch.cat(part) for part in zip(*self._waiting, strict=True))
+        self._waiting = []
         for start in range(0, x.shape[1], STRIP):
             self._H[start : start + STRIP, start:] += x[:, start : start + STRIP].T @ x[:, start:]
-        if self._D is not None and original is not None:
+        if self._D is not None:
             self._D += (original - x).T @ x
-        self.tokens += x.shape[0]
 
     def hold_out(self, x: Tensor, mask: Tensor | None = None, original: Tensor | None = None) -> None:
         """Keep tokens to measure errors on; no moment contains them before `take_in`."""
@@ -57,6 +69,7 @@ class Moments:
         """
         if not self.tokens:
             raise NumericsError(f"{name}: no calibration token reached its input")
+        self._add()
         # A NaN or Inf in x puts one on the diagonal, so n numbers speak for n * n.
         if not torch.isfinite(self._H.diagonal()).all():
             raise NumericsError(f"{name}: NaN or Inf in its input activations; check the checkpoint and its dtype")
@@ -64,6 +77,7 @@ class Moments:
 
     def D(self) -> Tensor | None:
         """D, fp32 [n, n]; None where nothing was compared."""
+        self._add()
         return None if self._D is None else self._D / self.tokens
 
     def held_out(self) -> tuple[Tensor, Tensor] | None:
