@@ -159,7 +159,7 @@ class _Work:
         moments = Moments(stack.n, self.shell.device, compared=self.crossing.compares(first))
         for i, (x, mask, original) in enumerate(self.crossing.samples(first)):
             if not stack.normed:
-                size = self.crossing.size(i, first).to(x.dtype).view(*x.shape[:-1], 1)
+                size = self.crossing.sizes[i].to(x.dtype).view(*x.shape[:-1], 1)
                 x, original = x / size, None if original is None else original / size
             (moments.hold_out if i in self.place.held_out else moments.update)(x, mask, original)
         return moments

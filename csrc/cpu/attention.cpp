@@ -5,6 +5,7 @@
 
 #include "attention.h"
 
+#include "exp.h"
 #include "numbers.h"
 
 namespace llmquant {
@@ -16,7 +17,6 @@ constexpr int64_t KEYS = 128;                 // at once
 constexpr int64_t ROWS = 4;                   // of a tile of the products
 constexpr int64_t PIECE = 64;                 // numbers read or written at once
 constexpr float LOWEST = -1e30f;              // below every score
-constexpr float LOG2_E = 1.44269504f;
 
 constexpr int64_t whole(int64_t width) { return (width + ROWS - 1) / ROWS * ROWS; }
 
@@ -49,20 +49,6 @@ struct Pairs {
     }
 };
 #endif
-
-// 2^x for x <= 0, and 0 below -127: the series of 2^f, |f| <= 1/2, which errs by 2^-23, and an exponent.
-Float exp2_of(Float x) {
-    x = x < -127.0f ? Float{} - 127.0f : x;
-    const Float whole_part = (x + 12582912.0f) - 12582912.0f, f = x - whole_part;
-    Float series = Float{} + 1.54035304e-4f;
-    series = series * f + 1.33335581e-3f;
-    series = series * f + 9.61812911e-3f;
-    series = series * f + 5.55041087e-2f;
-    series = series * f + 2.40226507e-1f;
-    series = series * f + 6.93147181e-1f;
-    series = series * f + 1.0f;
-    return series * (Float)((__builtin_convertvector(whole_part, Int) + 127) << 23);
-}
 
 // c[ROWS][QUERIES] = a b, or + a b, where a[r][i] stands at a + r * row + i * step, and b is [depth][QUERIES]; all
 // units.

@@ -8,7 +8,10 @@
 
 struct LlmquantAttention;
 struct LlmquantLinear;
+struct LlmquantStep;
 struct LlmquantColumns;
+struct LlmquantDense;
+struct LlmquantLayer;
 
 LLMQUANT_EXPORT int64_t llmquant_abi();
 // The instruction sets that this machine can run, best first; null past the last.
@@ -19,6 +22,7 @@ LLMQUANT_EXPORT int64_t llmquant_threaded();
 namespace llmquant {
 
 struct Integers;
+struct TokenHeads;
 
 // rows.cpp, once for each instruction set.
 struct LinearKernels {
@@ -31,6 +35,19 @@ struct AttentionKernels {
     int64_t (*items)(const LlmquantAttention& task);
     int64_t (*scratch)(const LlmquantAttention& task);
     void (*attend)(const LlmquantAttention& task, int64_t item, float* scratch);
+};
+
+// decode.cpp, likewise. Vectors of fp32 have room for whole multiples of 16, and zeros there.
+struct DecodeKernels {
+    void (*read)(const void* from, int64_t kind, int64_t count, float* to);
+    void (*write)(const float* from, int64_t kind, int64_t count, void* to);
+    void (*norm)(const LlmquantStep& step, const float* state, const void* gain, float* to);
+    // Attention of query heads [first, last) to the keys before and their own, which the first of those that share it
+    // writes behind the others. `scratch` has room for all scores and three heads.
+    void (*attend)(const LlmquantStep& step, const LlmquantLayer& layer, const TokenHeads& heads, int64_t first,
+                   int64_t last, float* scratch);
+    void (*gated)(float* gate, const float* up, int64_t count);             // gate = silu(gate) * up
+    void (*dense)(const LlmquantDense& task, int64_t first, int64_t last);  // rows
 };
 
 // columns.cpp, likewise.
@@ -48,16 +65,19 @@ extern const LinearKernels linear;
 }  // namespace avx512vnni
 namespace avx512 {
 extern const AttentionKernels attention;
+extern const DecodeKernels decode;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace avx512
 namespace avx2 {
 extern const AttentionKernels attention;
+extern const DecodeKernels decode;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace avx2
 namespace baseline {
 extern const AttentionKernels attention;
+extern const DecodeKernels decode;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace baseline

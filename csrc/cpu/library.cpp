@@ -5,10 +5,16 @@
 #include <memory>
 #include <new>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "attention.h"
+#include "decode.h"
 #include "levels.h"
 #include "linear.h"
 #include "solve.h"
+#include "walk.h"
 
 namespace llmquant {
 namespace {
@@ -16,6 +22,7 @@ namespace {
 struct Level {
     const char* name;
     const AttentionKernels* attention;
+    const DecodeKernels* decode;
     const LinearKernels* linear;
     const SolveKernels* solve;
     bool usable;
@@ -30,16 +37,16 @@ bool supports_avx512() {
 const Level* levels() {
     static const Level all[] = {
 #if defined(__x86_64__)
-        {"AVX-512 BF16", &avx512bf16::attention, &avx512vnni::linear, &avx512::solve,
+        {"AVX-512 BF16", &avx512bf16::attention, &avx512::decode, &avx512vnni::linear, &avx512::solve,
          supports_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")},
-        {"AVX-512 VNNI", &avx512::attention, &avx512vnni::linear, &avx512::solve,
+        {"AVX-512 VNNI", &avx512::attention, &avx512::decode, &avx512vnni::linear, &avx512::solve,
          supports_avx512() && __builtin_cpu_supports("avx512vnni")},
-        {"AVX-512", &avx512::attention, &avx512::linear, &avx512::solve, supports_avx512()},
-        {"AVX2", &avx2::attention, &avx2::linear, &avx2::solve,
+        {"AVX-512", &avx512::attention, &avx512::decode, &avx512::linear, &avx512::solve, supports_avx512()},
+        {"AVX2", &avx2::attention, &avx2::decode, &avx2::linear, &avx2::solve,
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-        {"baseline", &baseline::attention, &baseline::linear, &baseline::solve, true},
-        {nullptr, nullptr, nullptr, nullptr, true},
+        {"baseline", &baseline::attention, &baseline::decode, &baseline::linear, &baseline::solve, true},
+        {nullptr, nullptr, nullptr, nullptr, nullptr, true},
     };
     return all;
 }
@@ -64,8 +71,6 @@ void share(int64_t rows, int64_t tile, int64_t threads, int64_t products, Work w
     for (int64_t part = 0; part < parts; ++part)
         work(tiles * part / parts * tile, std::min(rows, tiles * (part + 1) / parts * tile));
 }
-
-int64_t panels(const LlmquantLinear& task) { return (task.rows + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL; }
 
 }  // namespace
 }  // namespace llmquant
@@ -93,7 +98,7 @@ int64_t llmquant_linear(const LlmquantLinear* task) {
     const llmquant::Integers x = {planes.get(), scales.get(), sums.get()};
     llmquant::share(task->tokens, 1, task->threads, task->tokens * task->columns,
                     [&](int64_t first, int64_t last) { kernels.to_integers(*task, x, first, last); });
-    llmquant::share(llmquant::panels(*task), 1, task->threads, task->tokens * task->rows * task->columns,
+    llmquant::share(llmquant::panels_of(*task), 1, task->threads, task->tokens * task->rows * task->columns,
                     [&](int64_t first, int64_t last) { kernels.multiply(*task, x, first, last); });
     return 0;
 }
@@ -116,6 +121,28 @@ int64_t llmquant_attention(const LlmquantAttention* task) {
             if (own) kernels.attend(*task, item, own.get());
     }
     return failed;
+}
+
+int64_t llmquant_decode(const LlmquantStep* step) {
+    const llmquant::Level& level = llmquant::usable_level(step->level);
+    try {
+        llmquant::Walk walk(*step, *level.decode, *level.linear);
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(step->threads))
+        walk.go(omp_get_thread_num(), omp_get_num_threads());
+#else
+        walk.go(0, 1);
+#endif
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+void llmquant_dense(const LlmquantDense* task) {
+    const llmquant::DecodeKernels& kernels = *llmquant::usable_level(task->level).decode;
+    llmquant::share(task->rows, 4, task->threads, task->tokens * task->rows * task->columns,
+                    [&](int64_t first, int64_t last) { kernels.dense(*task, first, last); });
 }
 
 void llmquant_round_columns(const LlmquantColumns* task) {

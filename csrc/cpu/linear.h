@@ -54,6 +54,7 @@ constexpr int64_t padded(int64_t columns) { return (columns + LLMQUANT_CHUNK - 1
 constexpr int64_t block_of(const LlmquantLinear& task) {
     return task.group % LLMQUANT_CHUNK == 0 && task.group <= LLMQUANT_BLOCK_MOST ? task.group : LLMQUANT_BLOCK_MOST;
 }
+constexpr int64_t panels_of(const LlmquantLinear& task) { return (task.rows + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL; }
 constexpr int64_t blocks_of(const LlmquantLinear& task) { return (task.columns + block_of(task) - 1) / block_of(task); }
 
 }  // namespace llmquant

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain, repeat
 from types import TracebackType
 from typing import NamedTuple
@@ -38,7 +39,6 @@ class Crossing:
         """Stop before the linears `stops`, in the order of the forward pass; the twin only before those `compared`."""
         self.stream, self.layer = stream, layer
         self._compared = compared if stream.original is not None else ()
-        self._last = stops[-1] if stops else ""
         module = stream.module(layer)
         self.twin = None if stream.original is None else _twin(module)
         self._originals = None
@@ -69,15 +69,10 @@ class Crossing:
         for x, mask in zip(self._walk.inputs(stop), self.stream.masks, strict=True):
             yield Sample(x, mask, next(originals))
 
-    def size(self, batch: int, linear: str) -> Tensor:
-        """Root mean square of each token's state, [B, T], to which the linear's output is added.
-
-        Before the layer; but for its last linears, which can make a state a hundred times larger or smaller, after it,
-        where the original states are known.
-        """
-        after = self.twin is not None and linear == self._last
-        states = self.targets()[batch] if after else self.stream.hidden[batch]
-        return states.float().square().mean(-1).sqrt().clamp(min=1e-6)
+    @cached_property
+    def sizes(self) -> list[Tensor]:
+        """Root mean square of each token's state before the layer, [B, T] for each batch."""
+        return [states.float().square().mean(-1).sqrt().clamp(min=1e-6) for states in self.stream.hidden]
 
     def again(self) -> None:
         """What the batches have passed already has changed: bring them anew to where they stand."""
@@ -85,13 +80,12 @@ class Crossing:
 
     def targets(self) -> Sequence[Tensor]:
         """The original states after the layer; the stream takes them over."""
-        if self.stream.original is None:
+        if self._originals is None or self.stream.original is None:
             raise ValueError("the stream has no original states")
-        if self._originals:
-            for i, out in enumerate(self._originals.outputs()):  # one by one: old and new never both stand in full
-                self.stream.original[i] = out
-            self._originals.close()
-            self._originals = None
+        for i, out in enumerate(self._originals.outputs()):  # one by one: old and new never both stand in full
+            self.stream.original[i] = out
+        self._originals.close()
+        self._originals = None
         return self.stream.original
 
     def advance(self) -> None:

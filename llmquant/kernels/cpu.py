@@ -13,13 +13,41 @@ from llmquant.scheme import Scheme
 PLANES = {"int8": 1, "exact": 2}
 
 
-class _Task(ctypes.Structure):
+class Task(ctypes.Structure):
     """`LlmquantLinear` of csrc/cpu/linear.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zeros", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "group", "bits", "planes")),
         *((name, ctypes.c_int64) for name in ("x_kind", "scale_kind", "bias_kind", "threads", "level")),
+    ]
+
+
+def weight_fields(
+    panels: Panels, bias: Tensor | None, m: int, n: int, scheme: Scheme, planes: int
+) -> dict[str, int | None]:
+    """What a `Task` says of a weight [m, n]; it does not keep the tensors alive."""
+    return {
+        "codes": panels.codes.data_ptr(),
+        "scales": panels.scales.data_ptr(),
+        "zeros": None if panels.zeros is None else panels.zeros.data_ptr(),
+        "bias": None if bias is None else bias.data_ptr(),
+        "rows": m,
+        "columns": n,
+        "group": scheme.width(n),
+        "bits": scheme.bits,
+        "planes": planes,
+        "scale_kind": KINDS.index(panels.scales.dtype),
+        "bias_kind": 0 if bias is None else KINDS.index(bias.dtype),
+    }
+
+
+class _Dense(ctypes.Structure):
+    """`LlmquantDense` of csrc/cpu/decode.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns", "kind", "threads", "level")),
     ]
 
 
@@ -55,27 +83,35 @@ class Native:
         """
         n = x.shape[-1]
         y = x.new_empty(*x.shape[:-1], m)
-        task = _Task(
+        task = Task(
+            **weight_fields(panels, bias, m, n, scheme, planes),
             x=x.data_ptr(),
-            codes=panels.codes.data_ptr(),
-            scales=panels.scales.data_ptr(),
-            zeros=None if panels.zeros is None else panels.zeros.data_ptr(),
-            bias=None if bias is None else bias.data_ptr(),
             y=y.data_ptr(),
             tokens=x.numel() // n,
-            rows=m,
-            columns=n,
-            group=scheme.width(n),
-            bits=scheme.bits,
-            planes=planes,
             x_kind=KINDS.index(x.dtype),
-            scale_kind=KINDS.index(panels.scales.dtype),
-            bias_kind=0 if bias is None else KINDS.index(bias.dtype),
             threads=torch.get_num_threads(),
             level=level,
         )
         if self._functions.llmquant_linear(ctypes.byref(task)):
             raise MemoryError(f"no memory for {tuple(x.shape)} activations")
+        return y
+
+    def dense(self, x: Tensor, weight: Tensor, level: int = 0) -> Tensor:
+        """x [..., n] times W^T, W [m, n]: [..., m]. On the CPU, contiguous, both of one of KINDS; for few tokens."""
+        m, n = weight.shape
+        y = x.new_empty(*x.shape[:-1], m)
+        task = _Dense(
+            x=x.data_ptr(),
+            w=weight.data_ptr(),
+            y=y.data_ptr(),
+            tokens=x.numel() // n,
+            rows=m,
+            columns=n,
+            kind=KINDS.index(x.dtype),
+            threads=torch.get_num_threads(),
+            level=level,
+        )
+        self._functions.llmquant_dense(ctypes.byref(task))
         return y
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, level: int = 0) -> Tensor:

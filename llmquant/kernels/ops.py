@@ -1,4 +1,5 @@
-"""`torch.ops.llmquant`: `w4_linear`, the product with a packed weight, and `attention`, which is causal.
+"""`torch.ops.llmquant`: `w4_linear`, the product with a packed weight; `dense`, that with a plain one, for few tokens;
+and `attention`, which is causal.
 
 The native library serves the CPU where it was built: bound to torch by csrc/torch, or called from here where that part
 was not built. Everything else is the reference.
@@ -8,6 +9,7 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llmquant.errors import RecipeError
 from llmquant.kernels import reference
@@ -21,6 +23,7 @@ _definitions.define(
     "w4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int bits, int group_size,"
     " int planes) -> Tensor"
 )
+_definitions.define("dense(Tensor x, Tensor weight) -> Tensor")
 _definitions.define("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 
 
@@ -58,6 +61,28 @@ def _w4_linear_fake(
 ) -> Tensor:
     _check(x, Panels(codes, scales, zeros), bias, rows, Scheme(bits, group_size, zeros is None), planes)
     return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.impl(_definitions, "dense", "CompositeExplicitAutograd")
+def _dense(x: Tensor, weight: Tensor) -> Tensor:
+    _check_dense(x, weight)
+    library = find_library()
+    if isinstance(library, Library) and x.device.type == "cpu":
+        return Native(library).dense(x.contiguous(), weight.contiguous())
+    return F.linear(x, weight)
+
+
+@torch.library.register_fake("llmquant::dense")
+def _dense_fake(x: Tensor, weight: Tensor) -> Tensor:
+    _check_dense(x, weight)
+    return x.new_empty((*x.shape[:-1], len(weight)))
+
+
+def _check_dense(x: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or 0 in (*weight.shape, *x.shape):
+        raise RuntimeError(f"dense: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit together")
+    if x.dtype not in KINDS or x.dtype != weight.dtype:
+        raise RuntimeError(f"dense: x is {x.dtype}, weight {weight.dtype}; both have to be bf16, fp16 or fp32")
 
 
 @torch.library.impl(_definitions, "attention", "CompositeExplicitAutograd")

@@ -1,7 +1,7 @@
 """A linear layer that keeps its weight packed."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class Stored(NamedTuple):
     scheme: Scheme
     dtype: torch.dtype  # of the scales
 
+    def __deepcopy__(self, _: dict[int, Any]) -> "Stored":
+        return self
+
 
 class QuantLinear(nn.Module):
     """y = x W^T + bias, with W [m, n] in integers; x [..., n] in bf16, fp16 or fp32 gives y [..., m] of the same.
@@ -30,8 +33,10 @@ class QuantLinear(nn.Module):
         codes, scales, zeros: the weight as `kernels.layout.Panels`.
         bias: [m], or None.
         precision: of the activations on the CPU, "exact" or "int8"; see `kernels.cpu`.
+        changes: counts, for all of them, how often a weight was replaced: what points to one has to look again.
     """
 
+    changes: ClassVar[int] = 0
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
@@ -83,6 +88,7 @@ class QuantLinear(nn.Module):
         q = self.stored.format.unpack(prefix.removesuffix("."), read, m, n, self.stored.scheme)
         for name, buffer in pack(q, self.scheme)._asdict().items():
             self._buffers[name] = buffer
+        QuantLinear.changes += 1
         if self.bias is not None:
             self.bias.data.copy_(state_dict[f"{prefix}bias"])
 
@@ -91,4 +97,5 @@ class QuantLinear(nn.Module):
         scales = self.scales
         super()._apply(fn, recurse)
         self.scales = scales.to(self.scales.device)
+        QuantLinear.changes += 1
         return self

@@ -15,6 +15,7 @@ from llmquant.formats import for_config
 from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.shell import check_finite, empty_model, place, read_config, stored_as, tied_names
+from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
 
 GENERATION = "generation_config.json"
@@ -47,6 +48,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, precision: str
             _place(model, name, _read(name, model, source), dtype)
     model.tie_weights()
     use_attention(model)
+    use_decoder(model)
     _load_generation_config(model, source.root)
     return model
 

@@ -75,6 +75,7 @@ def test_an_unquantized_checkpoint_is_what_transformers_loads(make_checkpoint: M
     model, expected = load(source), AutoModelForCausalLM.from_pretrained(source).eval()
     assert not model.training
     assert model.dtype == model.config.dtype == torch.bfloat16
+    model.set_attn_implementation(expected.config._attn_implementation)  # ours rounds differently
     assert torch.equal(logits(model), logits(expected))
 
 

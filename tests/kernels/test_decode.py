@@ -1,0 +1,239 @@
+"""A token through all layers, and the dense product, against float64 on every instruction set."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import Weight, weight
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmquant.kernels import ops  # noqa: F401  (registers the operators)
+from llmquant.kernels.cpu import Native
+from llmquant.kernels.decode import LINEARS, Block, Steps
+from llmquant.kernels.decode import Weight as Operand
+from llmquant.native import LIBRARY, Library
+from llmquant.scheme import Scheme
+
+if not LIBRARY.is_file():
+    pytest.skip("the native library was not built", allow_module_level=True)
+
+LIBRARY_IN_USE = Library()
+LEVELS = range(len(LIBRARY_IN_USE.levels))
+KINDS = [torch.float32, torch.bfloat16, torch.float16]
+# Two planes leave 15 bits of an activation; a state of 16 bits is rounded to 8 (bf16) or 11 bits at its end, and so are
+# keys and values.
+BOUND = {torch.float32: 3e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+class Model(NamedTuple):
+    """Layers of the Llama family in float64, and the same as the kernels are given them."""
+
+    weights: list[dict[str, Weight]]
+    biases: list[dict[str, Tensor | None]]
+    gains: list[Tensor]
+    heads: int
+    kv_heads: int
+    width: int
+    steps: Steps
+
+    def step(self, state: Tensor, cosines: Tensor, sines: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """The definition: keys and values [kv_heads, before, width] grow by one."""
+        for i, (linears, biases) in enumerate(zip(self.weights, self.biases, strict=True)):
+
+            def apply(name: str, x: Tensor, linears=linears, biases=biases) -> Tensor:  # type: ignore[no-untyped-def]
+                bias = biases[name]
+                return F.linear(x, linears[name].real, None if bias is None else bias.double())
+
+            n = norm(state, self.gains[2 * i])
+            q, k, v = (apply(name, n).view(-1, self.width) for name in ("q", "k", "v"))
+            q, k = (
+                x * cosines + torch.cat((-x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]), 1) * sines for x in (q, k)
+            )
+            keys[i] = torch.cat((keys[i], k.unsqueeze(1)), 1)
+            values[i] = torch.cat((values[i], v.unsqueeze(1)), 1)
+            shared = self.heads // self.kv_heads
+            k, v = keys[i].repeat_interleave(shared, 0), values[i].repeat_interleave(shared, 0)
+            weights = (k @ q.unsqueeze(2) * self.width**-0.5).softmax(1)
+            state = state + apply("out", (v * weights).sum(1).reshape(-1))
+            m = norm(state, self.gains[2 * i + 1])
+            state = state + apply("down", F.silu(apply("gate", m)) * apply("up", m))
+        return norm(state, self.gains[-1])
+
+
+def norm(x: Tensor, gain: Tensor) -> Tensor:
+    return x / (x.square().mean() + 1e-5).sqrt() * gain.double()
+
+
+def model(
+    kind: torch.dtype,
+    level: int,
+    *,
+    layers: int = 2,
+    hidden: int = 40,
+    ffn: int = 56,
+    heads: int = 4,
+    kv_heads: int = 2,
+    width: int = 16,
+    schemes: tuple[Scheme, ...] = (Scheme(4, 32), Scheme(4, 32, symmetric=False)),
+    planes: int = 2,
+    biased: bool = True,
+) -> Model:
+    """`schemes` go around the linears, so that some of those that share an input differ."""
+    inner, kv = heads * width, kv_heads * width
+    shapes = ((inner, hidden), (kv, hidden), (kv, hidden), (hidden, inner), (ffn, hidden), (ffn, hidden), (hidden, ffn))
+    generator = torch.Generator().manual_seed(hidden)
+    weights, biases, blocks = [], [], []
+    gains = [torch.rand(hidden, generator=generator).add(0.5).to(kind) for _ in range(2 * layers + 1)]
+    for i in range(layers):
+        made = {
+            name: weight(schemes[j % len(schemes)], m, n, seed=7 * i + j)
+            for j, (name, (m, n)) in enumerate(zip(LINEARS, shapes, strict=True))
+        }
+        bias = {
+            name: torch.randn(len(w.real), generator=generator).to(kind) if biased else None for name, w in made.items()
+        }
+        operands = [Operand(w.panels, bias[name], *w.real.shape, w.scheme, planes) for name, w in made.items()]
+        blocks.append(Block(tuple(operands), gains[2 * i], gains[2 * i + 1]))
+        weights.append(made)
+        biases.append(bias)
+    steps = Steps(LIBRARY_IN_USE, blocks, gains[-1], head_width=width, eps=1e-5, scale=width**-0.5, level=level)
+    return Model(weights, biases, gains, heads, kv_heads, width, steps)
+
+
+def rotation(width: int, position: int) -> tuple[Tensor, Tensor]:
+    angles = position / 100.0 ** (torch.arange(0, width, 2) / width)
+    return torch.cat((angles, angles)).cos(), torch.cat((angles, angles)).sin()
+
+
+def compare(made: Model, kind: torch.dtype, hidden: int, before: int, tokens: int) -> list[float]:
+    """How far each of some tokens is off, and each key and value written."""
+    generator = torch.Generator().manual_seed(before)
+    shape = made.kv_heads, before + tokens, made.width
+    buffers = [[torch.randn(shape, generator=generator).to(kind) for _ in made.weights] for _ in range(2)]
+    keys, values = ([buffer[:, :before].double() for buffer in side] for side in buffers)
+    made.steps.hold(*buffers)
+    errors = []
+    for i in range(tokens):
+        state = torch.randn(hidden, generator=generator).to(kind)
+        cosines, sines = rotation(made.width, before + i)
+        expected = made.step(state.double(), cosines.double(), sines.double(), keys, values)
+        made.steps.take(state, cosines, sines, before + i)
+        errors.append(float((state.double() - expected).norm() / expected.norm()))
+    for written, wanted in zip(buffers[0] + buffers[1], keys + values, strict=True):
+        errors.append(float((written.double() - wanted).norm() / wanted.norm()))
+    return errors
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("before", [0, 1, 37])
+def test_a_token_is_right(level: int, kind: torch.dtype, before: int) -> None:
+    assert max(compare(model(kind, level), kind, 40, before, tokens=3)) < BOUND[kind]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    level=st.sampled_from(LEVELS),
+    hidden=st.integers(8, 70),
+    ffn=st.integers(8, 70),
+    kv_heads=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    width=st.sampled_from([16, 32, 48]),
+    before=st.integers(0, 40),
+    scheme=st.sampled_from([Scheme(4, 32), Scheme(4, -1), Scheme(8, 64), Scheme(4, 128, symmetric=False)]),
+)
+def test_any_shape(
+    level: int, hidden: int, ffn: int, kv_heads: int, shared: int, width: int, before: int, scheme: Scheme
+) -> None:
+    made = model(
+        torch.float32,
+        level,
+        layers=1,
+        hidden=hidden,
+        ffn=ffn,
+        heads=kv_heads * shared,
+        kv_heads=kv_heads,
+        width=width,
+        schemes=(scheme,),
+        biased=False,
+    )
+    assert max(compare(made, torch.float32, hidden, before, tokens=2)) < 5e-3  # few terms may cancel
+
+
+def test_eight_bits_of_an_activation_err_more() -> None:
+    errors = [max(compare(model(torch.float32, 0, planes=planes), torch.float32, 40, 9, 2)) for planes in (1, 2)]
+    assert 10 * errors[1] < errors[0] < 0.05
+
+
+def test_threads_do_not_change_the_result() -> None:
+    threads, states = torch.get_num_threads(), []
+    made = model(torch.float32, 0)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            buffers = [[torch.ones(2, 8, 16) for _ in range(2)] for _ in range(2)]
+            made.steps.hold(*buffers)
+            state = torch.linspace(-1, 1, 40)
+            made.steps.take(state, *rotation(16, 5), 5)
+            states.append(torch.cat((state, *(buffer.flatten() for side in buffers for buffer in side))))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in pairwise(states))
+
+
+def test_no_room_is_an_error() -> None:
+    made = model(torch.float32, 0)
+    made.steps.hold(*[[torch.ones(2, 8, 16) for _ in range(2)] for _ in range(2)])
+    with pytest.raises(ValueError, match="no room for key 8 of 8"):
+        made.steps.take(torch.ones(40), *rotation(16, 8), 8)
+
+
+# ---- dense products
+
+NATIVE = Native(LIBRARY_IN_USE)
+
+
+@settings(deadline=None)
+@given(
+    level=st.sampled_from(LEVELS),
+    kind=st.sampled_from(KINDS),
+    tokens=st.integers(1, 9),
+    m=st.integers(1, 70),
+    n=st.integers(1, 200),
+)
+def test_dense_products_are_right(level: int, kind: torch.dtype, tokens: int, m: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(m + n)
+    x, w = torch.randn(tokens, n, generator=generator).to(kind), torch.randn(m, n, generator=generator).to(kind)
+    exact = x.double() @ w.double().T
+    size = x.double().abs() @ w.double().abs().T
+    bound = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[kind]
+    assert float(((NATIVE.dense(x, w, level).double() - exact) / size).abs().max()) < bound
+
+
+def test_a_large_dense_product_is_shared_between_threads() -> None:
+    x, w = torch.randn(3, 300), torch.randn(1001, 300)
+    assert torch.allclose(torch.ops.llmquant.dense(x, w), x @ w.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_torch_accepts_the_operator(kind: torch.dtype) -> None:
+    torch.library.opcheck(
+        torch.ops.llmquant.dense.default, (torch.randn(2, 1, 24).to(kind), torch.randn(9, 24).to(kind))
+    )
+
+
+def test_dense_operands_have_to_fit() -> None:
+    x, w = torch.randn(2, 24), torch.randn(9, 24)
+    for operands, message in (
+        ((x, w[:, 1:]), "do not fit"),
+        ((x, w[0]), "do not fit"),
+        ((x[:0], w), "do not fit"),
+        ((x.double(), w.double()), "bf16, fp16 or fp32"),
+        ((x, w.half()), "bf16, fp16 or fp32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.llmquant.dense(*operands)

@@ -1,0 +1,243 @@
+"""Single tokens by the native steps: the same model as without them, and transformers wherever they do not serve."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from llmquant.native import active_backend
+from llmquant.pipeline import quantize
+from llmquant.recipe import Override, Recipe
+from llmquant.runtime.decode import CACHE, Decoder, Head
+from llmquant.runtime.loader import load
+from llmquant.scheme import Scheme
+
+pytestmark = pytest.mark.skipif(active_backend() != "native", reason="the native library is not in use")
+
+MakeCheckpoint = Callable[..., Path]
+PROMPT = torch.arange(20).view(1, -1) + 5
+CLOSE = {"atol": 2e-3, "rtol": 0.0}  # what products in 15-bit integers leave at logits of size one
+
+
+@pytest.fixture(scope="module")
+def packed(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    def make(arch: str = "llama", name: str = "plain", **recipe: Any) -> Path:
+        out = tmp_path_factory.getbasetemp() / f"decode-{arch}-{name}"
+        if not out.is_dir():
+            wanted = {"method": "rtn", "scheme": Scheme(4, 32)} | recipe
+            quantize(make_checkpoint(arch=arch), out, Recipe(**wanted))
+        return out
+
+    return make
+
+
+@pytest.fixture
+def model(packed: Callable[..., Path]) -> Any:
+    return load(packed(), torch.float32)
+
+
+@pytest.fixture
+def plain(packed: Callable[..., Path]) -> Any:
+    """The same without native steps."""
+    return without_steps(load(packed(), torch.float32))
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the caches that native steps were taken after."""
+    seen: list[int] = []
+    take = Decoder._take
+
+    def counted(self: Decoder, cache: DynamicCache, before: int, asked: dict[str, Any]) -> Any:
+        seen.append(before)
+        return take(self, cache, before, asked)
+
+    monkeypatch.setattr(Decoder, "_take", counted)
+    return seen
+
+
+def without_steps(model: Any) -> Any:
+    del model.base_model.forward
+    return model
+
+
+def tokens(model: Any, count: int, start: Any = None) -> tuple[Tensor, Any]:
+    """Logits of a prompt's end and of some tokens after it, and the cache."""
+    cache = start if start is not None else model(PROMPT)[CACHE]
+    logits = [model(torch.tensor([[30 + i]]), **{CACHE: cache}).logits for i in range(count)]
+    return torch.cat(logits, 1), cache
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_tokens_are_those_of_transformers(packed: Callable[..., Path], taken: list[int], arch: str) -> None:
+    a, b = load(packed(arch), torch.float32), without_steps(load(packed(arch), torch.float32))
+    (logits, cache), (expected, wanted) = tokens(a, 300), tokens(b, 300)
+    assert taken == list(range(20, 320))
+    assert torch.allclose(logits, expected, **CLOSE)
+    for layer, other in zip(cache.layers, wanted.layers, strict=True):
+        assert layer.keys.shape == other.keys.shape
+        assert torch.allclose(layer.keys, other.keys, **CLOSE)
+        assert torch.allclose(layer.values, other.values, **CLOSE)
+
+
+@pytest.mark.parametrize("arch", ["mistral", "qwen3", "gemma2", "opt"])
+def test_other_families_are_left_to_transformers(packed: Callable[..., Path], taken: list[int], arch: str) -> None:
+    """Sliding windows, norms of queries, other activations."""
+    logits, _ = tokens(load(packed(arch), torch.float32), 2)
+    assert taken == []
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+def test_half_precision_is_nearer_to_the_truth_than_transformers(packed: Callable[..., Path], precision: str) -> None:
+    a = load(packed(), torch.bfloat16, precision)
+    b = without_steps(load(packed(), torch.bfloat16, precision))
+    truth, _ = tokens(without_steps(load(packed(), torch.float32)), 40)
+    errors = [float((tokens(m, 40)[0] - truth).square().mean()) for m in (a, b)]
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_generation_is_the_same(model: Any, plain: Any, taken: list[int]) -> None:
+    told = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(PROMPT, **told), plain.generate(PROMPT, **told))
+    assert len(taken) > 20
+
+
+def test_two_caches_take_turns(model: Any, taken: list[int]) -> None:
+    alone, _ = tokens(model, 6)
+    first, second = (model(PROMPT)[CACHE] for _ in range(2))
+    turns = [tokens(model, 6, start=cache)[0] for cache in (first, second)]
+    assert torch.equal(turns[0], alone)
+    assert torch.equal(turns[1], alone)
+    assert len(taken) == 18
+
+
+def test_what_transformers_does_to_a_cache_is_seen(model: Any, plain: Any) -> None:
+    """Tokens taken back, then several at once, then one by one again."""
+    found = []
+    for m in (model, plain):
+        _, cache = tokens(m, 5)
+        cache.crop(-3)
+        several = m(torch.tensor([[7, 8, 9]]), **{CACHE: cache}).logits
+        after, _ = tokens(m, 3, start=cache)
+        found.append(torch.cat((several, after), 1))
+    assert torch.allclose(*found, **CLOSE)
+
+
+def test_a_position_may_be_given(model: Any, plain: Any, taken: list[int]) -> None:
+    found = []
+    for m in (model, plain):
+        _, cache = tokens(m, 1)
+        found.append(m(torch.tensor([[7]]), position_ids=torch.tensor([[700]]), **{CACHE: cache}).logits)
+    assert torch.allclose(*found, **CLOSE)
+    assert taken == [20, 21]
+
+
+def test_what_is_more_than_one_token_of_one_sequence(model: Any, plain: Any, taken: list[int]) -> None:
+    """Batches, padding on the left, states of all layers, gradients."""
+    for m in (model, plain):
+        cache = m(PROMPT.expand(2, -1))[CACHE]
+        assert m(torch.tensor([[7], [8]]), **{CACHE: cache}).logits.shape[:2] == (2, 1)
+        mask = torch.ones(1, 20, dtype=torch.long)
+        mask[0, :4] = 0
+        cache = m(PROMPT, attention_mask=mask)[CACHE]
+        m(torch.tensor([[7]]), attention_mask=torch.cat((mask, mask[:, -1:]), 1), **{CACHE: cache})
+        cache = m(PROMPT)[CACHE]
+        states = m(torch.tensor([[7]]), output_hidden_states=True, **{CACHE: cache}).hidden_states
+        assert len(states) == len(m.base_model.layers) + 1
+    assert taken == []
+
+
+def test_gradients_are_left_to_torch(packed: Callable[..., Path], taken: list[int]) -> None:
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        tokens(load(packed(), torch.float32), 2)
+    assert taken == []
+
+
+def test_a_module_that_was_replaced_or_is_listened_to_is_called(model: Any, taken: list[int]) -> None:
+    layer = model.base_model.layers[1]
+    tokens(model, 1)
+    inner, calls = layer.mlp.up_proj, []
+
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(x.shape)
+            return inner(x)
+
+    layer.mlp.up_proj = Wrapped()
+    tokens(model, 2)
+    layer.mlp.up_proj = inner
+    assert len(calls) == 3
+    handle = layer.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(torch.Size()))
+    tokens(model, 2)
+    handle.remove()
+    assert len(calls) == 6
+    assert taken == [20]
+    tokens(model, 1)
+    assert taken == [20, 20]
+
+
+def test_changed_weights_are_seen(model: Any, plain: Any) -> None:
+    tokens(model, 1)
+    state = {name: tensor * 2 if "scale" in name else tensor for name, tensor in model.state_dict().items()}
+    for m in (model, plain):
+        m.load_state_dict(state)
+    assert torch.allclose(tokens(model, 3)[0], tokens(plain, 3)[0], **CLOSE)
+
+
+def test_a_cast_is_seen(model: Any, taken: list[int]) -> None:
+    tokens(model, 1)
+    model.to(torch.bfloat16)
+    assert tokens(model, 2)[0].dtype == torch.bfloat16
+    assert len(taken) == 3
+
+
+def test_the_precision_of_activations_is_seen(model: Any) -> None:
+    exact, _ = tokens(model, 3)
+    for module in model.modules():
+        if hasattr(module, "precision"):
+            module.precision = "int8"
+    rough, _ = tokens(model, 3)
+    assert 0 < float((rough - exact).abs().max()) < 0.2
+
+
+def test_a_copy_stands_for_itself(model: Any) -> None:
+    before, _ = tokens(model, 3)
+    other = copy.deepcopy(model)
+    assert other.base_model.forward._base is other.base_model
+    assert torch.equal(tokens(other, 3)[0], before)
+
+
+def test_a_linear_that_is_not_packed_is_left_to_transformers(packed: Callable[..., Path], taken: list[int]) -> None:
+    skipped = packed(name="skipped", overrides=(Override(match="re:.*layers.1.mlp.(gate|up)_proj", skip=True),))
+    tokens(load(skipped, torch.float32), 2)
+    assert taken == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_is_a_linear(dtype: torch.dtype) -> None:
+    head = nn.Linear(40, 300, bias=False, dtype=dtype)
+    x = torch.randn(1, 9, 40, dtype=dtype)
+    plain = head(x)
+    head.__class__ = Head
+    for part in (slice(None), slice(8, None), slice(2, 5), slice(0, 0)):
+        assert torch.allclose(head(x[:, part]), plain[:, part], atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_the_head_lets_gradients_through() -> None:
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        head = nn.Linear(40, 30, bias=False)
+        head.__class__ = Head
+        head(torch.randn(1, 1, 40)).sum().backward()
+        assert head.weight.grad is not None
