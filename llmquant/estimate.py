@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmquant.model.layout import Layout
+from llmquant.model.layout import Group, Layout
 from llmquant.model.shell import Shell
 from llmquant.recipe import Recipe
 from llmquant.solve.train import SEQUENCES
@@ -13,7 +13,7 @@ from llmquant.solve.train import SEQUENCES
 RUNTIME_BYTES = 600_000_000  # Python, torch and transformers themselves, as measured
 HESSIAN_COPIES = 7  # two sums, two means, reordered, factor, inverse factor
 WEIGHT_COPIES = 5  # stacked, corrected, reordered, codes with their grid, dequantized
-SOLVED = 4  # by `auto`: three candidates at the most, and once more the one that is taken
+SOLVED = 4  # by `auto`, what a norm feeds: three candidates at the most, and once more the one that is taken
 SPILL_BYTES = 2**29  # of the original model's activations: more of them go through a file
 
 
@@ -42,7 +42,7 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     state = streams * (one + tokens * widest * item) - spilled
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
     memory = RUNTIME_BYTES + state + max(outside, streams * layer_bytes + (solve if recipe.calibrated else layer_bytes))
-    flops = sum(_layer_flops(layout, [g.linears for g in layer.groups], tokens, recipe) for layer in layout.layers)
+    flops = sum(_layer_flops(layout, layer.groups, tokens, recipe) for layer in layout.layers)
     return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens, spilled)
 
 
@@ -61,14 +61,15 @@ def _solve_bytes(layout: Layout, linears: tuple[str, ...]) -> int:
     return 4 * (HESSIAN_COPIES * n * n + WEIGHT_COPIES * m * n)
 
 
-def _layer_flops(layout: Layout, groups: list[tuple[str, ...]], tokens: int, recipe: Recipe) -> float:
+def _layer_flops(layout: Layout, groups: tuple[Group, ...], tokens: int, recipe: Recipe) -> float:
     """Forward passes, moments, solves and training; attention itself is left out as it is small at these lengths."""
     solver = recipe.solver
-    stacks = [_stack(layout, linears) for linears in groups]
+    stacks = [_stack(layout, group.linears) for group in groups]
+    solved = [SOLVED if recipe.method == "auto" and group.norm else 1 for group in groups]
     passes = 1 + bool(solver.correction) + 3 * solver.train * SEQUENCES * recipe.calibration.seq_len / max(tokens, 1)
     forward = passes * 2 * tokens * sum(m * n for m, n in stacks)
     moments = (1 + bool(solver.correction)) * 2 * tokens * sum(n * n for _, n in stacks)
-    solve = sum(2 * m * n * n + 2 * n**3 for m, n in stacks) * (SOLVED if recipe.method == "auto" else 1)
+    solve = sum(times * (2 * m * n * n + 2 * n**3) for times, (m, n) in zip(solved, stacks, strict=True))
     return forward + moments + solve
 
 

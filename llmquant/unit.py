@@ -127,9 +127,11 @@ class _Work:
         moments = self.capture(stack)
         fold = self.fold(stack)
         method, judged = str(self.recipe.method), dict[str, Any]()
-        if moments and method == "auto":
+        if self.judges(stack) and moments:
             errors = self.compare(self.problem(stack, stacked, moments, fold), moments)
             method, judged = min(errors, key=errors.__getitem__), {"held_out": errors}
+        elif method == "auto":
+            method = "gptq"
         problem = self.problem(stack, stacked, moments, fold)
         solution = solve(problem, method)
         rows = [linear.m for linear in stack.linears]
@@ -147,6 +149,14 @@ class _Work:
             self.records.append(record | {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 3)})
             yield self.records[-1]
 
+    def judges(self, stack: Stack) -> bool:
+        """Whether methods are compared: where a norm feeds the linears.
+
+        The error of a linear that writes to the residual stream says less of what it does to the model than of a few
+        tokens, whose states are far larger after the layer, or far smaller, than before it.
+        """
+        return self.crossing is not None and self.recipe.method == "auto" and stack.normed
+
     def capture(self, stack: Stack) -> Moments | None:
         """The moments of the stack's input, with everything before it already quantized.
 
@@ -157,11 +167,12 @@ class _Work:
             return None
         first = stack.linears[0].name
         moments = Moments(stack.n, self.shell.device, compared=self.crossing.compares(first))
+        held_out = self.place.held_out if self.judges(stack) or self.recipe.solver.train else ()
         for i, (x, mask, original) in enumerate(self.crossing.samples(first)):
             if not stack.normed:
                 size = self.crossing.sizes[i].to(x.dtype).view(*x.shape[:-1], 1)
                 x, original = x / size, None if original is None else original / size
-            (moments.hold_out if i in self.place.held_out else moments.update)(x, mask, original)
+            (moments.hold_out if i in held_out else moments.update)(x, mask, original)
         return moments
 
     def problem(self, stack: Stack, W: Tensor, moments: Moments | None, fold: NormFold | LinearFold | None) -> Problem:

@@ -1,0 +1,97 @@
+"""`llmquant bench`: what the command line asks of this package."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from llmquant.bench import generate as generating
+from llmquant.bench import kernels as products
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.native import describe_backend
+from llmquant.scheme import Scheme
+
+app = typer.Typer(help="Speed on this machine, beside the peers that are installed.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+console = Console(stderr=True)
+
+
+@app.command()
+def kernels(
+    shape: Annotated[list[str] | None, typer.Option(metavar="NxM", help="In features x out features.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations.")] = None,
+    group_size: Annotated[int, typer.Option(help="32, 64 or 128.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Products with one packed weight, beside torch's, ONNX Runtime's and llama.cpp's. Takes minutes for each shape."""
+    if group_size not in (32, 64, 128):
+        raise typer.BadParameter(f"--group-size {group_size}: use 32, 64 or 128")
+    shapes = [parse_shape(text, group_size) for text in shape] if shape else list(products.SHAPES)
+    scheme, found = Scheme(4, group_size), list[products.Result]()
+    table = _table("shape", "tokens", "backend", "ms", "of bandwidth", "GFLOP/s", "error")
+    with torch.inference_mode():
+        for n, m in shapes:
+            for result in products.measure(n, m, scheme, tokens or products.TOKENS):
+                found.append(result)
+                table.add_row(
+                    f"{n}x{m}",
+                    str(result.tokens),
+                    result.backend,
+                    f"{1e3 * result.seconds:.3f}",
+                    f"{result.of_bandwidth:.0%} of {result.bandwidth / 1e9:.0f} GB/s",
+                    f"{result.flops / 1e9:.0f}",
+                    f"{result.relative_error:.1e}",
+                )
+                console.print(f"{n}x{m}, {result.tokens} tokens: {result.backend}, {1e3 * result.seconds:.3f} ms")
+    _show(table, products.facts(found), as_json)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    baseline: Annotated[Path | None, typer.Option(help="The original checkpoint, run by transformers in bf16.")] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(help="A file for llama.cpp; needs llama-cpp-python.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=generating.SHORT)] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    as_json: Json = False,
+) -> None:
+    """Tokens per second of a packed checkpoint: reading a prompt, and writing."""
+    room = max(prompt_tokens, generating.SHORT + new_tokens)
+    models = generating.contestants(directory, baseline, gguf or [], room)
+    vocab_size = int(Checkpoint.open(directory).config["vocab_size"])
+    results = list(generating.measure(models, prompt_tokens, new_tokens, vocab_size))
+    table = _table("model", f"prompt of {prompt_tokens}, tokens/s", f"{new_tokens} new, tokens/s")
+    for result in results:
+        table.add_row(result.name, f"{result.prompt_per_second:.0f}", f"{result.new_per_second:.1f}")
+    _show(table, [result._asdict() for result in results], as_json)
+
+
+def parse_shape(text: str, group_size: int) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found or int(found[1]) % group_size:
+        raise typer.BadParameter(f"--shape {text}: give in x out features, as in 4096x14336, in groups of {group_size}")
+    return int(found[1]), int(found[2])
+
+
+def machine() -> dict[str, Any]:
+    return {"backend": describe_backend(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(caption=", ".join(f"{value}" for value in (describe_backend(), f"{torch.get_num_threads()} threads")))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("backend", "model") else "right")
+    return table
+
+
+def _show(table: Table, results: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(machine() | {"results": results}, indent=2) + "\n")
+    else:
+        Console().print(table)

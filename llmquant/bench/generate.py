@@ -1,0 +1,119 @@
+"""Tokens per second of whole models: reading a prompt, and writing after it."""
+
+import statistics
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmquant.bench.timing import Call, seconds
+from llmquant.kernels.cpu import PLANES
+from llmquant.runtime.loader import load
+
+SHORT = 16  # tokens of the prompt before what is written
+ROUNDS = 5
+
+
+class Contestant(Protocol):
+    """A model that is ready."""
+
+    def read(self, ids: Tensor) -> None:
+        """Compute what comes after a prompt [1, T]."""
+
+    def write(self, ids: Tensor, count: int) -> None:
+        """Read a prompt and choose `count` tokens after it, always the most likely one."""
+
+
+class Result(NamedTuple):
+    """Medians over rounds, in each of which every model had its turn."""
+
+    name: str
+    prompt_per_second: float
+    new_per_second: float
+
+
+class OfTransformers:
+    """A transformers model, packed or not."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def read(self, ids: Tensor) -> None:
+        self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    def write(self, ids: Tensor, count: int) -> None:
+        told = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **told)
+
+
+class OfLlamaCpp:
+    """A GGUF file in llama.cpp, by way of `llama-cpp-python`."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        import llama_cpp
+
+        threads = torch.get_num_threads()
+        options = {"n_threads": threads, "n_threads_batch": threads, "n_batch": room, "n_ubatch": room}
+        self._library = llama_cpp
+        self._model = llama_cpp.Llama(str(path), n_ctx=room, verbose=False, **options)
+        self._context = self._model._ctx.ctx
+
+    def read(self, ids: Tensor) -> None:
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self._decode(ids.flatten().tolist())
+
+    def write(self, ids: Tensor, count: int) -> None:
+        self.read(ids)
+        for _ in range(count - 1):
+            self._decode([self._best()])
+        self._best()
+
+    def _decode(self, ids: list[int]) -> None:
+        tokens = (self._library.llama_token * len(ids))(*ids)
+        if self._library.llama_decode(self._context, self._library.llama_batch_get_one(tokens, len(ids))):
+            raise RuntimeError(f"llama.cpp: cannot decode {len(ids)} tokens")
+
+    def _best(self) -> int:
+        logits = self._library.llama_get_logits_ith(self._context, -1)
+        count = self._model.n_vocab()
+        return int(torch.frombuffer(memoryview(_array(logits, count)), dtype=torch.float32).argmax())
+
+
+def _array(pointer: Any, count: int) -> Any:
+    import ctypes
+
+    return ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * count)).contents
+
+
+def contestants(directory: Path, baseline: Path | None, gguf: list[Path], room: int) -> dict[str, Contestant]:
+    """The packed checkpoint in each precision of activations; the original in bf16; GGUF files in llama.cpp."""
+    found: dict[str, Contestant] = {
+        f"llmquant {precision}": OfTransformers(load(directory, precision=precision)) for precision in PLANES
+    }
+    if baseline:
+        original = AutoModelForCausalLM.from_pretrained(baseline, dtype=torch.bfloat16).eval()
+        found["transformers bf16"] = OfTransformers(original)
+    return found | {f"llama.cpp {path.stem}": OfLlamaCpp(path, room) for path in gguf}
+
+
+def measure(models: dict[str, Contestant], prompt_tokens: int, new_tokens: int, vocab_size: int) -> Iterator[Result]:
+    """Every model, in turn."""
+    ids = torch.randint(0, vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    reading: dict[str, list[float]] = {name: [] for name in models}
+    writing: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for _ in repeat(None, ROUNDS):
+            for name, model in models.items():
+                short = ids[:, :SHORT]
+                model.write(short, 2)  # wakes its threads
+                read: Call = lambda model=model: model.read(ids)  # noqa: E731
+                write: Call = lambda model=model, short=short: model.write(short, new_tokens)  # noqa: E731
+                reading[name].append(seconds(read))
+                writing[name].append(seconds(write))
+    for name in models:
+        read_in, written_in = statistics.median(reading[name]), statistics.median(writing[name])
+        yield Result(name, prompt_tokens / read_in, new_tokens / written_in)
