@@ -69,7 +69,7 @@ lint: $(READY) ## style, types, import direction, sizes
 
 bench: $(READY) ## the loops, the products and the memory; for accuracy, which takes hours and texts, see docs/accuracy.md
 	$(BIN)/python scripts/bench_solve.py
-	$(BIN)/python scripts/bench_kernels.py --shapes 4096x4096
+	$(BIN)/llmquant bench kernels --shape 4096x4096
 	$(BIN)/python scripts/bench_memory.py
 
 clean: ## what was built, not .venv and not the model

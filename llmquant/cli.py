@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from llmquant.bench.commands import app as bench_app
 from llmquant.display import Display, console, results, show_plan, show_table
 from llmquant.errors import GateError, LlmquantError, RecipeError
 from llmquant.evaluate.run import evaluate as run_evaluation
@@ -30,6 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]

@@ -42,7 +42,7 @@ struct Pairs {
 
     static void read(const void* from, int64_t, int64_t at, int64_t count, Number (&to)[PIECE]) {
         for (Number& number : to) number = 0;
-        __builtin_memcpy(to, static_cast<const Number*>(from) + at, count * sizeof(Number));
+        copy(to, static_cast<const Number*>(from) + at, count);
     }
     static Float add_product(Float sum, Unit a, Units b) {
         return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(Int{} + a), (__m512bh)b);
@@ -156,7 +156,7 @@ class Panel {
             for (int64_t i = 0; i < width; i += PIECE) {
                 Number numbers[PIECE];
                 read_row(task.k, task.k_strides, start + s, s < keys ? task.qk_width : 0, i, numbers);
-                __builtin_memcpy(to + s * width + i, numbers, min(PIECE, width - i) * sizeof(Number));
+                copy(to + s * width + i, numbers, min(PIECE, width - i));
             }
     }
 

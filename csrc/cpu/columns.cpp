@@ -135,14 +135,14 @@ void search_grid(const LlmquantColumns& task, const Float (*columns)[WIDTH], int
 // `count` rows from `first` on; the lanes after them are idle and hold zeros.
 void copy_in(const float* from, int64_t count, Float* to) {
     float lanes[ROWS] = {};
-    __builtin_memcpy(lanes, from, count * sizeof(float));
+    copy(lanes, from, count);
     for (int64_t v = 0; v < WIDTH; ++v) to[v] = load<Float>(lanes + v * LANES);
 }
 
 void copy_out(const Float* from, int64_t count, float* to) {
     float lanes[ROWS];
     for (int64_t v = 0; v < WIDTH; ++v) store(lanes + v * LANES, from[v]);
-    __builtin_memcpy(to, lanes, count * sizeof(float));
+    copy(to, lanes, count);
 }
 
 class Tile {
@@ -233,7 +233,7 @@ void search_vector(const LlmquantColumns& task, int64_t row, int64_t group) {
     const int64_t last = min(task.columns, first + task.group);
     const auto column = [&](int64_t j) {
         float lanes[LANES] = {};
-        __builtin_memcpy(lanes, task.work + j * task.rows + row, count * sizeof(float));
+        copy(lanes, task.work + j * task.rows + row, count);
         return load<Float>(lanes);
     };
     Float low = {}, high = {};
@@ -258,8 +258,8 @@ void search_vector(const LlmquantColumns& task, int64_t row, int64_t group) {
         scale = better ? grids[c].scale : scale;
         zero = better ? -grids[c].low : zero;
     }
-    __builtin_memcpy(task.scales + group * task.rows + row, &scale, count * sizeof(float));
-    __builtin_memcpy(task.zeros + group * task.rows + row, &zero, count * sizeof(float));
+    copy(task.scales + group * task.rows + row, reinterpret_cast<const float*>(&scale), count);
+    copy(task.zeros + group * task.rows + row, reinterpret_cast<const float*>(&zero), count);
 }
 
 void search_grids(const LlmquantColumns& task, int64_t first, int64_t last) {

@@ -153,7 +153,7 @@ void attend_to(const LlmquantStep& step, const LlmquantLayer& layer, const Token
             }
             for (int v = 0; v < V; ++v) store(out + i + v * LANES, piece.of[v] * inverse);
         }
-        __builtin_memcpy(heads.out + head * width, out, width * sizeof(float));
+        copy(heads.out + head * width, out, width);
     }
 }
 

@@ -72,6 +72,36 @@ void share(int64_t rows, int64_t tile, int64_t threads, int64_t products, Work w
         work(tiles * part / parts * tile, std::min(rows, tiles * (part + 1) / parts * tile));
 }
 
+// So many tokens for each thread, and each goes its way with its own: what one thread has written, another reads
+// slowly.
+constexpr int64_t OWN_TOKENS = 32;
+
+LlmquantLinear tokens_of(const LlmquantLinear& task, int64_t first, int64_t last) {
+    const int64_t size = task.x_kind == LLMQUANT_FP32 ? 4 : 2;
+    LlmquantLinear part = task;
+    part.x = static_cast<const char*>(task.x) + first * task.columns * size;
+    part.y = static_cast<char*>(task.y) + first * task.rows * size;
+    part.tokens = last - first;
+    return part;
+}
+
+// Room for the activations of a task as integers; without planes, if there is no memory.
+struct Room {
+    explicit Room(const LlmquantLinear& task) {
+        const auto blocks = static_cast<std::size_t>(task.tokens * blocks_of(task));
+        planes.reset(new (std::nothrow)
+                         int8_t[static_cast<std::size_t>(task.tokens * task.planes * padded(task.columns))]);
+        scales.reset(new (std::nothrow) float[blocks]);
+        sums.reset(new (std::nothrow) int32_t[blocks]);
+        if (planes && scales && sums) x = {planes.get(), scales.get(), sums.get()};
+    }
+
+    std::unique_ptr<int8_t[]> planes;
+    std::unique_ptr<float[]> scales;
+    std::unique_ptr<int32_t[]> sums;
+    Integers x = {};
+};
+
 }  // namespace
 }  // namespace llmquant
 
@@ -89,17 +119,27 @@ int64_t llmquant_threaded() {
 
 int64_t llmquant_linear(const LlmquantLinear* task) {
     const llmquant::LinearKernels& kernels = *llmquant::usable_level(task->level).linear;
-    const int64_t bytes = task->tokens * task->planes * llmquant::padded(task->columns);
-    const int64_t blocks = task->tokens * llmquant::blocks_of(*task);
-    const std::unique_ptr<int8_t[]> planes(new (std::nothrow) int8_t[static_cast<std::size_t>(bytes)]);
-    const std::unique_ptr<float[]> scales(new (std::nothrow) float[static_cast<std::size_t>(blocks)]);
-    const std::unique_ptr<int32_t[]> sums(new (std::nothrow) int32_t[static_cast<std::size_t>(blocks)]);
-    if (!planes || !scales || !sums) return 1;
-    const llmquant::Integers x = {planes.get(), scales.get(), sums.get()};
+    const int64_t products = task->tokens * task->rows * task->columns, panels = llmquant::panels_of(*task);
+    std::atomic<bool> failed = false;
+    if (task->tokens >= task->threads * llmquant::OWN_TOKENS) {
+        llmquant::share(task->tokens, 4, task->threads, products, [&](int64_t first, int64_t last) {
+            const LlmquantLinear own = llmquant::tokens_of(*task, first, last);
+            const llmquant::Room room(own);
+            if (!room.x.planes) {
+                failed = true;
+                return;
+            }
+            kernels.to_integers(own, room.x, 0, own.tokens);
+            kernels.multiply(own, room.x, 0, panels);
+        });
+        return failed;
+    }
+    const llmquant::Room room(*task);
+    if (!room.x.planes) return 1;
     llmquant::share(task->tokens, 1, task->threads, task->tokens * task->columns,
-                    [&](int64_t first, int64_t last) { kernels.to_integers(*task, x, first, last); });
-    llmquant::share(llmquant::panels_of(*task), 1, task->threads, task->tokens * task->rows * task->columns,
-                    [&](int64_t first, int64_t last) { kernels.multiply(*task, x, first, last); });
+                    [&](int64_t first, int64_t last) { kernels.to_integers(*task, room.x, first, last); });
+    llmquant::share(panels, 1, task->threads, products,
+                    [&](int64_t first, int64_t last) { kernels.multiply(*task, room.x, first, last); });
     return 0;
 }
 

@@ -34,25 +34,33 @@ inline Int to_half(Float value, int64_t kind) {
 // Numbers [at, at + count) as floats. `to` has room for whole vectors; what is past `count` becomes zero.
 template <int MOST>
 inline void read(const void* from, int64_t kind, int64_t at, int64_t count, float (&to)[MOST]) {
+    const int64_t whole = count / LANES * LANES;
     if (kind == LLMQUANT_FP32) {
-        for (float& lane : to) lane = 0.0f;
-        __builtin_memcpy(to, static_cast<const float*>(from) + at, count * sizeof(float));
+        const float* numbers = static_cast<const float*>(from) + at;
+        for (int64_t i = 0; i < whole; i += LANES) store(to + i, load<Float>(numbers + i));
+        for (int64_t i = whole; i < MOST; i += LANES) store(to + i, Float{});
+        copy(to + whole, numbers + whole, count - whole);
         return;
     }
-    uint16_t words[MOST] = {};
-    __builtin_memcpy(words, static_cast<const uint16_t*>(from) + at, count * sizeof(uint16_t));
-    for (int i = 0; i < MOST; i += LANES) store(to + i, from_half(words + i, kind));
+    const uint16_t* words = static_cast<const uint16_t*>(from) + at;
+    for (int64_t i = 0; i < whole; i += LANES) store(to + i, from_half(words + i, kind));
+    for (int64_t i = whole; i < MOST; i += LANES) store(to + i, Float{});
+    if (whole < count) {
+        uint16_t rest[LANES] = {};
+        copy(rest, words + whole, count - whole);
+        store(to + whole, from_half(rest, kind));
+    }
 }
 
 template <int MOST>
 inline void write(const float (&from)[MOST], void* to, int64_t kind, int64_t at, int64_t count) {
     if (kind == LLMQUANT_FP32) {
-        __builtin_memcpy(static_cast<float*>(to) + at, from, count * sizeof(float));
+        copy(static_cast<float*>(to) + at, from, count);
         return;
     }
     uint16_t words[MOST];
     for (int i = 0; i < MOST; i += LANES) narrow(words + i, to_half(load<Float>(from + i), kind));
-    __builtin_memcpy(static_cast<uint16_t*>(to) + at, words, count * sizeof(uint16_t));
+    copy(static_cast<uint16_t*>(to) + at, words, count);
 }
 
 }  // namespace

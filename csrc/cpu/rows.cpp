@@ -112,15 +112,20 @@ class Tile {
 
     void multiply() {
         const int64_t block = block_of(task), blocks = blocks_of(task);
-        Float totals[TOKENS][PANELS][V] = {};
+        Float totals[TOKENS][PANELS][V];  // an initializer would be `rep stos`, which is slow to begin
+        for (int t = 0; t < TOKENS; ++t)
+            for (int p = 0; p < PANELS; ++p)
+                for (int v = 0; v < V; ++v) totals[t][p][v] = Float{};
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t first = b * block, last = min(first + block, stride), group = first / task.group;
-            Sums sums[PLANES][TOKENS] = {};
+            Sums sums[PLANES][TOKENS];
             for (int p = 0; p < PANELS; ++p)
                 for (int v = 0; v < V; ++v) {
                     const Int zero = Grid::zero(task, panel + p, group, v);
-                    for (int t = 0; t < TOKENS; ++t)
+                    for (int t = 0; t < TOKENS; ++t) {
+                        sums[0][t].of[p][v] = Int{};
                         sums[PLANES - 1][t].of[p][v] = -zero * x.sums[(token + t) * blocks + b];
+                    }
                 }
             for (int64_t from = first; from < last; from += WIDE ? block : CHUNK)
                 accumulate(from, WIDE ? last : from + CHUNK, sums);

@@ -37,6 +37,13 @@ inline void store(void* to, const Vector& value) {
     __builtin_memcpy(to, &value, sizeof value);
 }
 
+// A count that the compiler does not know: it would make `rep movs` of memcpy, which takes longer to begin than a block
+// takes to be copied, the more so beside other threads.
+template <typename Number>
+inline void copy(Number* to, const Number* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,7 +1,9 @@
 """Tokens per second of whole models: reading a prompt, and writing after it."""
 
+import ctypes
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmquant.bench.timing import Call, seconds
+from llmquant.bench.timing import seconds
 from llmquant.kernels.cpu import PLANES
 from llmquant.runtime.loader import load
 
@@ -78,15 +80,9 @@ class OfLlamaCpp:
             raise RuntimeError(f"llama.cpp: cannot decode {len(ids)} tokens")
 
     def _best(self) -> int:
-        logits = self._library.llama_get_logits_ith(self._context, -1)
-        count = self._model.n_vocab()
-        return int(torch.frombuffer(memoryview(_array(logits, count)), dtype=torch.float32).argmax())
-
-
-def _array(pointer: Any, count: int) -> Any:
-    import ctypes
-
-    return ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * count)).contents
+        row = ctypes.POINTER(ctypes.c_float * self._model.n_vocab())
+        logits = ctypes.cast(self._library.llama_get_logits_ith(self._context, -1), row).contents
+        return int(torch.frombuffer(logits, dtype=torch.float32).argmax())
 
 
 def contestants(directory: Path, baseline: Path | None, gguf: list[Path], room: int) -> dict[str, Contestant]:
@@ -105,15 +101,13 @@ def measure(models: dict[str, Contestant], prompt_tokens: int, new_tokens: int, 
     ids = torch.randint(0, vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     reading: dict[str, list[float]] = {name: [] for name in models}
     writing: dict[str, list[float]] = {name: [] for name in models}
+    short = ids[:, :SHORT]
     with torch.inference_mode():
         for _ in repeat(None, ROUNDS):
             for name, model in models.items():
-                short = ids[:, :SHORT]
                 model.write(short, 2)  # wakes its threads
-                read: Call = lambda model=model: model.read(ids)  # noqa: E731
-                write: Call = lambda model=model, short=short: model.write(short, new_tokens)  # noqa: E731
-                reading[name].append(seconds(read))
-                writing[name].append(seconds(write))
+                reading[name].append(seconds(partial(model.read, ids)))
+                writing[name].append(seconds(partial(model.write, short, new_tokens)))
     for name in models:
         read_in, written_in = statistics.median(reading[name]), statistics.median(writing[name])
         yield Result(name, prompt_tokens / read_in, new_tokens / written_in)

@@ -1,8 +1,9 @@
 """Products with one packed weight: ours and those of the peers that are installed."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,13 +41,12 @@ def reading(q: Quantized, _: Scheme) -> dict[str, Product]:
 
 def ours(q: Quantized, scheme: Scheme) -> dict[str, Product]:
     panels, m = pack(q, scheme), len(q.codes)
-    nbytes, product = panels.codes.nbytes + panels.scales.nbytes, torch.ops.llmquant.w4_linear
-    return {
-        f"llmquant {precision}": Product(
-            nbytes, lambda x, p=planes: product(x, *panels, None, m, 4, scheme.group_size, p)
-        )
-        for precision, planes in PLANES.items()
-    }
+    nbytes = panels.codes.nbytes + panels.scales.nbytes
+
+    def call(planes: int, x: Tensor) -> Tensor:
+        return torch.ops.llmquant.w4_linear(x, *panels, None, m, 4, scheme.group_size, planes)
+
+    return {f"llmquant {name}": Product(nbytes, partial(call, planes)) for name, planes in PLANES.items()}
 
 
 def torch_dense(q: Quantized, scheme: Scheme) -> dict[str, Product]:
@@ -74,7 +74,7 @@ def onnx_runtime(q: Quantized, scheme: Scheme) -> dict[str, Product]:
     m, n = q.codes.shape
     codes = (q.codes[:, 0::2] | q.codes[:, 1::2] << 4).view(m, n // scheme.group_size, -1).numpy()
     constants = [numpy_helper.from_array(codes, "B"), numpy_helper.from_array(q.scales.flatten().numpy(), "scales")]
-    sizes = {"K": n, "N": m, "bits": 4, "block_size": scheme.group_size, "accuracy_level": 4}
+    sizes: dict[str, Any] = {"K": n, "N": m, "bits": 4, "block_size": scheme.group_size, "accuracy_level": 4}
     node = helper.make_node("MatMulNBits", ["A", "B", "scales"], ["Y"], domain="com.microsoft", **sizes)
     inputs, outputs = (
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["k", width])] for name, width in (("A", n), ("Y", m))
