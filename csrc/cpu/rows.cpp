@@ -164,8 +164,11 @@ class Tile {
             Int low[PANELS][V], high[PANELS][V];
             for (int p = 0; p < PANELS; ++p)
                 for (int v = 0; v < V; ++v) {
-                    const Int bytes =
-                        load<Int>(codes + p * offset<BITS>(stride) + offset<BITS>(column) + v * 4 * LANES);
+                    const uint8_t* from = codes + p * offset<BITS>(stride) + offset<BITS>(column) + v * 4 * LANES;
+                    const Int bytes = load<Int>(from);
+                    // A short panel ends before the processor has seen that it is a stream: the next ones are asked
+                    // for.
+                    if (TOKENS == 1) __builtin_prefetch(from + PANELS * offset<BITS>(stride), 0, 2);
                     low[p][v] = low_nibbles(bytes);
                     high[p][v] = high_nibbles(bytes);
                 }

@@ -52,15 +52,11 @@ class Head(nn.Linear):
 
 
 class _Place(NamedTuple):
-    """A module in its place. Where another one stands there, or is listened to, transformers has to be called."""
+    """A module in its place, which is an entry of another one's modules."""
 
     modules: dict[str, nn.Module | None]
     name: str
     module: nn.Module
-
-    def holds(self) -> bool:
-        modules, name, module = self
-        return modules.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
 
 
 @dataclass
@@ -121,10 +117,10 @@ class Decoder:
 
     def _ready(self) -> bool:
         """Whether the native steps are those of the model as it is now."""
-        if self._now() != self._state or not all(place.holds() for place in self._places):
+        if self._now() != self._state or not _stand(self._places):
             self._places = list(_places(self._base))
             self._linears = [place.module for place in self._places if isinstance(place.module, QuantLinear)]
-            free = all(place.holds() for place in self._places)
+            free = _stand(self._places)
             self._steps = self._build() if free else None
             self._state = self._now() if free else ()  # who listens may leave: look again
         return self._steps is not None
@@ -204,6 +200,14 @@ def _copied(states: Tensor) -> Tensor:
     return buffer
 
 
+def _stand(places: list[_Place]) -> bool:
+    """Whether each is where it was, and nobody listens to it; otherwise transformers has to be called."""
+    for modules, name, module in places:  # every token passes here: 0.1 us each
+        if modules.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return True
+
+
 def _places(base: Any) -> Iterator[_Place]:
     """Every module that the native steps do the work of."""
     yield _Place(base._modules, "norm", base.norm)
@@ -211,9 +215,10 @@ def _places(base: Any) -> Iterator[_Place]:
         yield _Place(base.layers._modules, index, layer)
         for name in NORMS:
             yield _Place(layer._modules, name, layer._modules[name])
+        for owner in dict.fromkeys(owner for owner, _ in LINEARS):
+            yield _Place(layer._modules, owner, layer._modules[owner])
         for owner, name in LINEARS:
             inner = layer._modules[owner]
-            yield _Place(layer._modules, owner, inner)
             yield _Place(inner._modules, name, inner._modules[name])
 
 

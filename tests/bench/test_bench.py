@@ -1,0 +1,88 @@
+"""The benchmarks on small things: every contestant computes what it should, and the command prints the figures."""
+
+import json
+import statistics
+from collections.abc import Callable
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llmquant.bench import generate, kernels, timing
+from llmquant.bench.products import READING, makers
+from llmquant.cli import app
+from llmquant.pipeline import quantize
+from llmquant.recipe import Recipe
+from llmquant.scheme import Scheme, dequantize
+
+# What 4-bit products may err: activations in 8 bits, in groups of 32 and of more.
+ERROR = 2e-2
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "TURNS", 2)
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
+    monkeypatch.setattr(timing, "AWAKE", 0.0)
+    monkeypatch.setattr(kernels, "ROTATED", 1)
+    monkeypatch.setattr(generate, "ROUNDS", 1)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_every_backend_computes_the_product(group_size: int) -> None:
+    scheme = Scheme(4, group_size)
+    q = kernels.random_weight(96, 128, scheme, 0)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ dequantize(q, scheme).double().T
+    found = {name: product for make in makers() for name, product in make(q, scheme).items()}
+    assert {"llmquant exact", "llmquant int8", "torch bf16", "torch int4pack", READING} <= set(found)
+    for name, product in found.items():
+        assert product.nbytes > 0
+        if name != READING:
+            y = product.call(x)
+            assert y.shape == (5, 96), name
+            assert float((y.double() - exact).norm() / exact.norm()) < ERROR, name
+
+
+def test_contestants_take_turns(quick: None) -> None:
+    calls: list[str] = []
+    times = timing.in_turn({name: repeat(lambda name=name: calls.append(name)) for name in "ab"})
+    assert calls == (["a"] * (1 + timing.EACH_TURN) + ["b"] * (1 + timing.EACH_TURN)) * 2
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 6, "b": 6}
+    assert all(statistics.median(taken) >= 0 for taken in times.values())
+
+
+def test_bench_kernels(quick: None) -> None:
+    run = CliRunner().invoke(app, "bench kernels --shape 128x96 --tokens 1 --tokens 3 --group-size 32 --json".split())
+    assert run.exit_code == 0, run.output
+    facts = json.loads(run.stdout)
+    assert facts["threads"] == torch.get_num_threads()
+    rows = {(row["backend"], row["tokens"]): row for row in facts["results"]}
+    for tokens in (1, 3):
+        row = rows["llmquant exact", tokens]
+        assert row["relative_error"] < 1e-3
+        assert row["flops"] == pytest.approx(2 * 128 * 96 * tokens / row["seconds"])
+        assert row["bandwidth"] > 0
+
+
+@pytest.mark.parametrize("shape", ["128", "128x", "0x96", "130x96", "128x96x2"])
+def test_a_shape_that_is_none_is_refused(shape: str) -> None:
+    run = CliRunner().invoke(app, ["bench", "kernels", "--shape", shape, "--group-size", "32"])
+    assert run.exit_code == 2
+    assert "--shape" in run.output
+
+
+def test_bench_generate(quick: None, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint(arch="llama")
+    quantize(source, tmp_path / "packed", Recipe(method="rtn", scheme=Scheme(4, 32)))
+    command = ["bench", "generate", str(tmp_path / "packed"), "--baseline", str(source)]
+    told = ["--prompt-tokens", "40", "--new-tokens", "4"]
+    run = CliRunner().invoke(app, [*command, *told, "--json"])
+    assert run.exit_code == 0, run.output
+    results = {row["name"]: row for row in json.loads(run.stdout)["results"]}
+    assert list(results) == ["llmquant int8", "llmquant exact", "transformers bf16"]
+    assert all(row["prompt_per_second"] > 0 and row["new_per_second"] > 0 for row in results.values())
+    table = CliRunner().invoke(app, [*command, *told])
+    assert "transformers bf16" in table.stdout
