@@ -3,7 +3,7 @@
     python scripts/bench_kernels.py docs/results/kernels.json [--shapes 4096x4096,...] [--tokens 1,4,16,128,512]
 
 Peers are torch in fp32 and bf16, torch's int4 kernel, ONNX Runtime's MatMulNBits where `onnx` and `onnxruntime` are
-installed, and llama.cpp's Q4_0 where `llama-cpp-python` is. Shapes that the file holds already are not measured again.
+installed, and llama.cpp's Q4_0 where `llama-cpp-python` is. What the file holds already is not measured again.
 """
 
 import argparse
@@ -58,9 +58,9 @@ def main() -> None:
     found = [Result(**row) for row in json.loads(args.json.read_text())["results"]] if args.json.exists() else []
     with torch.inference_mode():
         for n, m in (parse_shape(text, args.group_size) for text in args.shapes.split(",")):
-            if any((result.n, result.m) == (n, m) for result in found):
-                continue
-            for result in measure(n, m, Scheme(4, args.group_size), tokens):
+            known = {result.tokens for result in found if (result.n, result.m) == (n, m)}
+            left = [count for count in tokens if count not in known]
+            for result in measure(n, m, Scheme(4, args.group_size), left) if left else ():
                 found.append(result)
                 print(
                     f"{n:>6}x{m:<6} {result.tokens:>4} tokens  {result.backend:26}{1e3 * result.seconds:>9.3f} ms"
