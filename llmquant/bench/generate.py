@@ -4,6 +4,7 @@ import ctypes
 import statistics
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmquant.bench.timing import seconds
+from llmquant.errors import CheckpointError
 from llmquant.kernels.cpu import PLANES
 from llmquant.runtime.loader import load
 
@@ -53,15 +55,22 @@ class OfTransformers:
 
 
 class OfLlamaCpp:
-    """A GGUF file in llama.cpp, by way of `llama-cpp-python`."""
+    """A GGUF file in llama.cpp, by way of `llama-cpp-python`.
+
+    Raises:
+        CheckpointError: that is not installed, or cannot load the file.
+    """
 
     def __init__(self, path: Path, room: int) -> None:
-        import llama_cpp
-
         threads = torch.get_num_threads()
         options = {"n_threads": threads, "n_threads_batch": threads, "n_batch": room, "n_ubatch": room}
-        self._library = llama_cpp
-        self._model = llama_cpp.Llama(str(path), n_ctx=room, verbose=False, **options)
+        try:
+            self._library: Any = import_module("llama_cpp")
+            self._model = self._library.Llama(str(path), n_ctx=room, verbose=False, **options)
+        except ImportError as error:
+            raise CheckpointError(f"{path}: needs llama.cpp; pip install llama-cpp-python") from error
+        except ValueError as error:  # whatever is wrong with the file
+            raise CheckpointError(f"{path}: llama.cpp cannot load it; give a GGUF file") from error
         self._context = self._model._ctx.ctx
 
     def read(self, ids: Tensor) -> None:

@@ -7,6 +7,7 @@ cache: it remains a `DynamicCache`, whose tensors become views of buffers that h
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import chain
+from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -81,6 +82,7 @@ class Decoder:
         self._rotation: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self._rooms: WeakKeyDictionary[DynamicCache, _Room] = WeakKeyDictionary()
         self._held: _Room | None = None  # that the native steps point to
+        self._one = Lock()  # the native steps are those of one token at a time
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies begin anew: what is kept here points to the tensors of the original."""
@@ -91,8 +93,10 @@ class Decoder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache: Any = kwargs.get(CACHE)
-        if not args and self._serves(cache, kwargs) and (before := self._length(cache)):
-            return self._take(cache, before, kwargs)
+        if not args and not torch.compiler.is_compiling():
+            with self._one:
+                if self._serves(cache, kwargs) and (before := self._length(cache)):
+                    return self._take(cache, before, kwargs)
         return self._forward(self._base, *args, **kwargs)
 
     def _serves(self, cache: Any, asked: dict[str, Any]) -> bool:

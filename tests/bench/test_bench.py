@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from llmquant.bench import generate, kernels, timing
 from llmquant.bench.products import READING, makers
 from llmquant.cli import app
+from llmquant.errors import CheckpointError
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
 from llmquant.scheme import Scheme, dequantize
@@ -88,3 +89,10 @@ def test_bench_generate(quick: None, make_checkpoint: Callable[..., Path], tmp_p
     assert all(row["prompt_per_second"] > 0 and row["new_per_second"] > 0 for row in results.values())
     table = CliRunner().invoke(app, [*command, *told])
     assert "transformers bf16" in table.stdout
+
+
+def test_a_file_that_is_no_gguf_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """By one line, whether llama.cpp is installed or not."""
+    (tmp_path / "x.gguf").write_text("nothing")
+    with pytest.raises(CheckpointError, match="x.gguf: (needs llama.cpp|llama.cpp cannot load it)"):
+        generate.contestants(make_checkpoint(arch="llama"), None, [tmp_path / "x.gguf"], 32)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,16 @@ def test_the_head_lets_gradients_through() -> None:
         head.__class__ = Head
         head(torch.randn(1, 1, 40)).sum().backward()
         assert head.weight.grad is not None
+
+
+def test_threads_may_share_a_model(model: Any) -> None:
+    alone, _ = tokens(model, 20)
+    caches = [model(PROMPT)[CACHE] for _ in range(4)]
+
+    def run(cache: Any) -> Tensor:
+        with torch.inference_mode():  # of this thread
+            return tokens(model, 20, start=cache)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for logits in pool.map(run, caches):
+            assert torch.equal(logits, alone)
