@@ -94,5 +94,5 @@ def test_bench_generate(quick: None, make_checkpoint: Callable[..., Path], tmp_p
 def test_a_file_that_is_no_gguf_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """By one line, whether llama.cpp is installed or not."""
     (tmp_path / "x.gguf").write_text("nothing")
-    with pytest.raises(CheckpointError, match="x.gguf: (needs llama.cpp|llama.cpp cannot load it)"):
+    with pytest.raises(CheckpointError, match=r"x\.gguf: (needs llama.cpp|llama.cpp cannot load it)"):
         generate.contestants(make_checkpoint(arch="llama"), None, [tmp_path / "x.gguf"], 32)
