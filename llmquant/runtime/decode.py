@@ -235,7 +235,7 @@ def use_decoder(model: PreTrainedModel) -> None:
     """Let single tokens pass natively, and the head be read as fast as memory is, where the model is one for it."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        head.__class__ = Head
+        head.__class__ = Head  # and not another module in its place: the weight may be tied, and known by its name
     base, config = model.base_model, model.config
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
