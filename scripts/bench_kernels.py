@@ -9,9 +9,11 @@ installed, and llama.cpp's Q4_0 where `llama-cpp-python` is. What the file holds
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
+from typer import BadParameter
 
 from llmquant.bench.commands import machine, parse_shape
 from llmquant.bench.kernels import SHAPES, TOKENS, Result, measure
@@ -47,19 +49,31 @@ def plot(results: list[Result], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def counts(text: str) -> list[int]:
+    """Positive numbers, separated by commas."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text}: give numbers like {','.join(map(str, TOKENS))}")
+    return [int(count) for count in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
     parser.add_argument("--shapes", default=",".join(f"{n}x{m}" for n, m in SHAPES))
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--tokens", type=counts, default=",".join(map(str, TOKENS)))
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=128)
     args = parser.parse_args()
-    tokens = [int(count) for count in args.tokens.split(",")]
+    if not args.json.parent.is_dir():
+        parser.error(f"{args.json}: there is no directory {args.json.parent}")
+    try:
+        shapes = [parse_shape(text, args.group_size) for text in args.shapes.split(",")]
+    except BadParameter as error:
+        parser.error(str(error))
     found = [Result(**row) for row in json.loads(args.json.read_text())["results"]] if args.json.exists() else []
     with torch.inference_mode():
-        for n, m in (parse_shape(text, args.group_size) for text in args.shapes.split(",")):
+        for n, m in shapes:
             known = {result.tokens for result in found if (result.n, result.m) == (n, m)}
-            left = [count for count in tokens if count not in known]
+            left = [count for count in args.tokens if count not in known]
             for result in measure(n, m, Scheme(4, args.group_size), left) if left else ():
                 found.append(result)
                 print(

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmquant.bench.timing import seconds
+from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError
 from llmquant.kernels.cpu import PLANES
+from llmquant.plan import check_original
 from llmquant.runtime.loader import load
 
 SHORT = 16  # tokens of the prompt before what is written
@@ -95,12 +97,22 @@ class OfLlamaCpp:
 
 
 def contestants(directory: Path, baseline: Path | None, gguf: list[Path], room: int) -> dict[str, Contestant]:
-    """The packed checkpoint in each precision of activations; the original in bf16; GGUF files in llama.cpp."""
+    """The packed checkpoint in each precision of activations; the original in bf16; GGUF files in llama.cpp.
+
+    Raises:
+        CheckpointError: a directory or file is not there or cannot be loaded, the checkpoint is not quantized, or the
+            original is.
+    """
+    if not Checkpoint.open(directory).config.get("quantization_config"):
+        raise CheckpointError(f"{directory}: is not quantized; give it as --baseline, beside what was made of it")
+    source = Checkpoint.open(baseline) if baseline else None
+    if source:
+        check_original(source)
     found: dict[str, Contestant] = {
         f"llmquant {precision}": OfTransformers(load(directory, precision=precision)) for precision in PLANES
     }
-    if baseline:
-        original = AutoModelForCausalLM.from_pretrained(baseline, dtype=torch.bfloat16).eval()
+    if source:
+        original = AutoModelForCausalLM.from_pretrained(source.root, dtype=torch.bfloat16).eval()
         found["transformers bf16"] = OfTransformers(original)
     return found | {f"llama.cpp {path.stem}": OfLlamaCpp(path, room) for path in gguf}
 

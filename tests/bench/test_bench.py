@@ -91,8 +91,16 @@ def test_bench_generate(quick: None, make_checkpoint: Callable[..., Path], tmp_p
     assert "transformers bf16" in table.stdout
 
 
-def test_a_file_that_is_no_gguf_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """By one line, whether llama.cpp is installed or not."""
-    (tmp_path / "x.gguf").write_text("nothing")
-    with pytest.raises(CheckpointError, match=r"x\.gguf: (needs llama.cpp|llama.cpp cannot load it)"):
-        generate.contestants(make_checkpoint(arch="llama"), None, [tmp_path / "x.gguf"], 32)
+    source, packed, file = make_checkpoint(arch="llama"), tmp_path / "packed", tmp_path / "x.gguf"
+    quantize(source, packed, Recipe(method="rtn", scheme=Scheme(4, 32)))
+    file.touch()
+    for message, asked in (
+        ("is not quantized; give it as --baseline", (source, None, [])),
+        ("is quantized already", (packed, packed, [])),
+        ("nowhere: is not a directory", (packed, tmp_path / "nowhere", [])),
+        (r"x\.gguf: (needs llama.cpp|llama.cpp cannot load it)", (packed, None, [file])),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            generate.contestants(*asked, 32)
