@@ -14,6 +14,7 @@ plan.py decides everything, pipeline.py does it, unit by unit (unit.py), verify.
 
 from typing import Any
 
+from llmquant.runtime.transformers_hook import install
 from llmquant.version import __version__
 
 _HOMES = {  # imported on first use: `import llmquant` stays quick
@@ -24,6 +25,7 @@ _HOMES = {  # imported on first use: `import llmquant` stays quick
     "verify_checkpoint": "verify",
     "inspect_checkpoint": "inspect",
     "load": "runtime.loader",
+    "LlmquantConfig": "runtime.transformers_plugin",
     "generate": "runtime.generate",
     "evaluate": "evaluate.run",
     "LlmquantError": "errors",
@@ -37,3 +39,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"llmquant.{_HOMES[name]}"), name)
+
+
+install()

@@ -19,6 +19,7 @@ from llmquant.errors import CheckpointError
 from llmquant.formats import bits
 from llmquant.formats.checks import read_checked, read_scheme, stored_scales
 from llmquant.scheme import Quantized, Scheme
+from llmquant.version import __version__
 
 NAME = "compressed-tensors"
 LAYOUT = "pack-quantized"
@@ -103,6 +104,7 @@ def config_block(schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[
         "kv_cache_scheme": None,
         "ignore": list(skipped),
         "config_groups": {f"group_{i}": _group(scheme, targets[scheme]) for i, scheme in enumerate(distinct)},
+        "meta": {"quantizer": [f"llmquant:{__version__}"]},  # loaders ignore it; ours knows its own by it
     }
     return block | {"dequantize": True} if len(distinct) == 1 and not distinct[0].symmetric else block
 

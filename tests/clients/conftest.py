@@ -5,11 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
 
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2-135m"
+
+
+@pytest.fixture(autouse=True)
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What people have who never installed llmquant: without `runtime.transformers_hook`."""
+    theirs = AutoHfQuantizer.merge_quantization_configs.__wrapped__
+    monkeypatch.setattr(AutoHfQuantizer, "merge_quantization_configs", staticmethod(theirs))
 
 
 @pytest.fixture(scope="session")
