@@ -60,6 +60,7 @@ class Precision(str, Enum):
 class Format(str, Enum):
     compressed_tensors = "compressed-tensors"
     gptq = "gptq"
+    awq = "awq"
 
 
 @app.command()

@@ -10,10 +10,9 @@ from llmquant.checkpoint.journal import WORK, Journal
 from llmquant.checkpoint.parts import lazy_tensors
 from llmquant.checkpoint.writer import TensorSource, copy_file, json_bytes, write_json, write_shard
 from llmquant.errors import OutputError, VerifyError
-from llmquant.formats import FORMATS
 from llmquant.manifest import LOG, MANIFEST, RECIPE, manifest_bytes, read_manifest, sealed
 from llmquant.model.shell import Shell
-from llmquant.plan import Plan, spec_bytes
+from llmquant.plan import Plan, quantization_config, spec_bytes
 from llmquant.verify import problems_of, verify_checkpoint
 
 SINGLE = "model.safetensors"
@@ -100,12 +99,6 @@ def finish(out: Path, plan: Plan, shell: Shell, calibration: Calibration | None,
             durable.remove(out / "config.json")
         raise VerifyError(f"{out}: {problems[0]}; {len(problems)} problems in all, start anew with --no-resume")
     journal.discard()  # and with it the parts that were merged
-
-
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """The `quantization_config` block of config.json."""
-    skipped = [name for name in plan.all_linears if name not in plan.schemes]
-    return FORMATS[plan.recipe.format].config_block(plan.schemes, skipped)
 
 
 def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:

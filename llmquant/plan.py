@@ -189,12 +189,19 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         estimate=cost,
         all_linears=tuple(layout.shapes),
     )
+    quantization_config(plan)  # a layout may refuse the schemes together
     if max_memory is not None and plan.estimate.memory > max_memory:
         raise OutputError(
             f"--max-memory: this run needs about {plan.estimate.memory / 1e9:.1f} GB, "
             f"allowed are {max_memory / 1e9:.1f} GB; lower --samples or --seq-len"
         )
     return plan
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """The `quantization_config` block of config.json; RecipeError if the layout cannot say so."""
+    skipped = [name for name in plan.all_linears if name not in plan.schemes]
+    return FORMATS[plan.recipe.format].config_block(plan.schemes, skipped)
 
 
 def spec_bytes(spec: Spec) -> int:
@@ -215,7 +222,13 @@ def _check_recipe(recipe: Recipe) -> None:
         raise RecipeError("method: rtn reads no text, so that nothing can be trained; choose another method or preset")
     schemes = [recipe.scheme, *(override.apply(None, recipe.scheme) for override in recipe.overrides)]
     if recipe.format == "gptq" and any(scheme and not scheme.symmetric for scheme in schemes):
-        raise RecipeError("format: servers refuse asymmetric GPTQ files; use --format compressed-tensors, or --sym")
+        raise RecipeError(
+            "format: servers refuse asymmetric GPTQ files; use --format awq or compressed-tensors, or --sym"
+        )
+    if recipe.format == "awq" and any(scheme and scheme.symmetric for scheme in schemes):
+        raise RecipeError(
+            "format: awq files store zero points, which symmetric weights waste; use --asym, or --format gptq"
+        )
 
 
 @dataclass

@@ -12,7 +12,7 @@ from llmquant.errors import RecipeError
 from llmquant.scheme import Scheme
 
 Method = Literal["rtn", "awq", "gptq", "awq+gptq", "auto"]
-Format = Literal["compressed-tensors", "gptq"]
+Format = Literal["compressed-tensors", "gptq", "awq"]
 
 
 class _Strict(BaseModel):

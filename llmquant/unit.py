@@ -94,8 +94,8 @@ def replay(unit: Unit, place: Workplace, record: dict[str, Any]) -> None:
     with shell.filled(shell.part(unit.name)), Crossing(place.stream, unit.layer) as crossing:
         for stack in unit.stacks:
             for linear in stack.linears:
-                prefix, read = shell.stored_prefix(linear.name), tensors.__getitem__
-                q = FORMATS[place.plan.recipe.format].unpack(prefix, read, linear.m, linear.n, stack.scheme)
+                prefix = shell.stored_prefix(linear.name)
+                q = FORMATS[place.plan.recipe.format].unpack(prefix, tensors, linear.m, linear.n, stack.scheme)
                 shell.set_weight(linear.name, dequantize(q, stack.scheme))
         for name in unit.kept:  # a scale may have been folded into one
             shell.set_tensor(name, tensors[shell.stored_name(name)])

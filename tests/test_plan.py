@@ -35,6 +35,13 @@ def test_where_nothing_divides_the_whole_row_is_the_group(make_checkpoint: Calla
     assert plan.schemes["model.layers.0.self_attn.q_proj"] == Scheme(4, -1)
 
 
+def test_awq_files_hold_a_single_scheme(make_checkpoint: Callable[..., Path]) -> None:
+    model = make_checkpoint(hidden=96, intermediate=128)
+    with pytest.raises(RecipeError, match=r"awq holds one scheme, but linears get int4 g32 .* and int4 g128"):
+        planned(model, method="rtn", format="awq", scheme={"group_size": 128, "symmetric": False})
+    assert planned(model, method="rtn", format="awq", scheme={"group_size": 32, "symmetric": False})
+
+
 def test_overrides_must_not_split_what_servers_fuse(tiny_checkpoint: Path) -> None:
     with pytest.raises(RecipeError, match=r"q_proj and .*k_proj share an input"):
         planned(tiny_checkpoint, overrides=[{"match": "re:.*q_proj", "bits": 8}])
@@ -51,13 +58,14 @@ def test_overrides_of_whole_groups_are_followed(tiny_checkpoint: Path) -> None:
     assert "model.layers.1.self_attn.o_proj" in plan.schemes
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_planned_bytes_are_the_bytes_written(
     tiny_checkpoint: Path, tmp_path: Path, format: str, symmetric: bool
 ) -> None:
-    if format == "gptq" and not symmetric:
-        with pytest.raises(RecipeError, match="asymmetric GPTQ"):
+    refused = {("gptq", False): "asymmetric GPTQ", ("awq", True): "symmetric weights waste; use --asym"}
+    if message := refused.get((format, symmetric)):
+        with pytest.raises(RecipeError, match=message):
             planned(tiny_checkpoint, format=format, scheme={"symmetric": symmetric})
         return
     recipe = Recipe.from_dict({"method": "rtn", "format": format, "scheme": {"group_size": 32, "symmetric": symmetric}})

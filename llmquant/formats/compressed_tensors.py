@@ -4,12 +4,13 @@
     <p>.weight_scale       float [m, G]                    in the model's dtype
     <p>.weight_zero_point  int32 [ceil(m * bits / 32), G]  packed along m; only if asymmetric
     <p>.weight_shape       int64 [2]                       m, n
+    <p>.weight_g_idx       int32 [n]                       group of each column; older files, only if reordered
 
 The library speaks of signed codes and stores them with 2**(bits - 1) added: our unsigned codes, and zero points alike.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from llmquant.errors import CheckpointError
 from llmquant.formats import bits
-from llmquant.formats.checks import read_checked, read_scheme, stored_scales
+from llmquant.formats.checks import check_in_place, column_order, read_checked, read_scheme, stored_scales
 from llmquant.scheme import Quantized, Scheme
 from llmquant.version import __version__
 
@@ -39,12 +40,16 @@ def specs(
     return found | {f"{prefix}.weight_shape": (torch.int64, (2,))}
 
 
-def pack(prefix: str, q: Quantized, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+def pack(
+    prefix: str, q: Quantized, scheme: Scheme, dtype: torch.dtype, order: Tensor | None = None
+) -> dict[str, Tensor]:
     """The tensors of `specs`.
 
     Raises:
         NumericsError: a scale is not exact in `dtype`.
+        RecipeError: the columns are reordered, which loaders of today no longer read.
     """
+    check_in_place(prefix, order, NAME)
     tensors = {
         f"{prefix}.weight_packed": bits.pack(q.codes, scheme.bits),
         f"{prefix}.weight_scale": stored_scales(f"{prefix}.weight_scale", q.scales, dtype),
@@ -54,13 +59,13 @@ def pack(prefix: str, q: Quantized, scheme: Scheme, dtype: torch.dtype) -> dict[
     return tensors | {f"{prefix}.weight_shape": torch.tensor(q.codes.shape, dtype=torch.int64)}
 
 
-def unpack(prefix: str, read: Callable[[str], Tensor], m: int, n: int, scheme: Scheme) -> Quantized:
+def unpack(prefix: str, stored: Mapping[str, Tensor], m: int, n: int, scheme: Scheme) -> Quantized:
     """The inverse of `pack`.
 
     Raises:
         CheckpointError: a tensor is malformed.
     """
-    tensors = read_checked(read, specs(prefix, m, n, scheme, torch.float32))
+    tensors = read_checked(stored, specs(prefix, m, n, scheme, torch.float32))
     if (shape := tensors["weight_shape"].tolist()) != [m, n]:
         raise CheckpointError(
             f"{prefix}.weight_shape: is {shape}, expected {[m, n]}; is config.json of this checkpoint?"
@@ -69,7 +74,15 @@ def unpack(prefix: str, read: Callable[[str], Tensor], m: int, n: int, scheme: S
     zeros = torch.full(scales.shape, scheme.midpoint, dtype=torch.uint8, device=scales.device)
     if not scheme.symmetric:
         zeros = bits.unpack(tensors["weight_zero_point"].T, scheme.bits, m).T.contiguous()
-    return Quantized(bits.unpack(tensors["weight_packed"], scheme.bits, n), scales, zeros)
+    codes = bits.unpack(tensors["weight_packed"], scheme.bits, n)
+    columns = order(prefix, stored, n, scheme)
+    return Quantized(codes if columns is None else codes[:, columns], scales, zeros)
+
+
+def order(prefix: str, stored: Mapping[str, Tensor], n: int, scheme: Scheme) -> Tensor | None:
+    """The columns of the weight that `unpack` gives, in their order; None if they are in place."""
+    name = f"{prefix}.weight_g_idx"
+    return column_order(name, stored[name], n, scheme) if name in stored else None
 
 
 def refuse(m: int, n: int, scheme: Scheme) -> str | None:
@@ -113,8 +126,14 @@ def read_config(block: dict[str, Any], linears: Sequence[str]) -> dict[str, Sche
     """Which linears are quantized, and how; also from what llm-compressor writes.
 
     Raises:
-        CheckpointError: another layout than pack-quantized, or a group or pattern that cannot be read.
+        CheckpointError: another layout than pack-quantized, a group or pattern that cannot be read, or something
+            beside integer weights: sparsity, rotations, a quantized cache.
     """
+    for option in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+        if block.get(option):
+            raise CheckpointError(
+                f"config.json: quantization_config: {option} is not supported; use a checkpoint of packed weights alone"
+            )
     ignored = block.get("ignore") or []
     groups = [(group["targets"], _scheme(group, block)) for group in (block.get("config_groups") or {}).values()]
     schemes = {}
@@ -154,7 +173,7 @@ def _scheme(group: dict[str, Any], block: dict[str, Any]) -> Scheme:
         "input_activations": (group.get("input_activations"), (None,)),
         "type": (weights.get("type", "int"), ("int",)),
         "strategy": (weights.get("strategy", "group"), ("group", "channel")),
-        "actorder": (weights.get("actorder"), (None, "weight", "static")),
+        "actorder": (weights.get("actorder"), (None, True, False, "weight", "static", "group")),
     }
     for option, (value, known) in wanted.items():
         if value not in known:

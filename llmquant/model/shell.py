@@ -1,6 +1,6 @@
 """The transformers model without its weights: a shell that holds one part of the checkpoint at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -175,6 +175,32 @@ def stored_as(name: str, model: PreTrainedModel, source: Checkpoint) -> str:
         if spelling in source.tensors:
             return spelling
     raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors by their names in the model; each is read, and checked, when it is asked for.
+
+    Asking for one that is not there raises CheckpointError; see `stored_as` and `check_finite`.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: Checkpoint) -> None:
+        self.model = model
+        self.source = source
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = stored_as(name, self.model, self.source)
+        tensor = self.source.read(stored)
+        check_finite(tensor, f"{self.source.root / self.source.file_of[stored]}: {stored}")
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return any(spelling in self.source.tensors for spelling in spellings(str(name), self.model))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.tensors)
+
+    def __len__(self) -> int:
+        return len(self.source.tensors)
 
 
 # Heads that transformers renamed, while checkpoints and other loaders keep the old name.

@@ -141,7 +141,8 @@ class Decoder:
         layers = list(base.layers)
         linears = [[getattr(getattr(layer, owner), name) for owner, name in LINEARS] for layer in layers]
         gains = [getattr(layer, name).weight for layer in layers for name in NORMS] + [base.norm.weight]
-        if not isinstance(library, Library) or not all(isinstance(linear, QuantLinear) for linear in chain(*linears)):
+        known = [isinstance(linear, QuantLinear) and linear.order is None for linear in chain(*linears)]
+        if not isinstance(library, Library) or not all(known):
             return None
         if dtype not in KINDS or any(gain.dtype != dtype or gain.device.type != "cpu" for gain in gains):
             return None

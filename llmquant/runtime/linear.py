@@ -31,6 +31,7 @@ class QuantLinear(nn.Module):
 
     Attributes:
         codes, scales, zeros: the weight as `kernels.layout.Panels`.
+        order: int64 [n], the feature of x that each column of the codes multiplies; None where they are in place.
         bias: [m], or None.
         precision: of the activations on the CPU, "exact" or "int8"; see `kernels.cpu`.
         changes: counts, for all of them, how often a weight was replaced: what points to one has to look again.
@@ -40,9 +41,18 @@ class QuantLinear(nn.Module):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    order: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, m: int, n: int, scheme: Scheme, panels: Panels, stored: Stored | None = None) -> None:
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        scheme: Scheme,
+        panels: Panels,
+        stored: Stored | None = None,
+        order: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.in_features = n
         self.out_features = m
@@ -51,16 +61,22 @@ class QuantLinear(nn.Module):
         self.precision = "exact"
         for name, buffer in panels._asdict().items():
             self.register_buffer(name, buffer)
+        self.register_buffer("order", order)
         self.register_parameter("bias", None)
 
     @classmethod
     def from_quantized(
-        cls, q: Quantized, scheme: Scheme, bias: nn.Parameter | None = None, stored: Stored | None = None
+        cls,
+        q: Quantized,
+        scheme: Scheme,
+        bias: nn.Parameter | None = None,
+        stored: Stored | None = None,
+        order: Tensor | None = None,
     ) -> "QuantLinear":
         """Pack a quantized weight. The kernels know 4 and 8 bits: 3-bit codes take the room of 4-bit ones here."""
         held = Scheme(4, scheme.group_size, symmetric=False) if scheme.bits == 3 else scheme
         m, n = q.codes.shape
-        linear = cls(m, n, held, pack(q, held), stored)
+        linear = cls(m, n, held, pack(q, held), stored, order)
         linear.bias = bias
         return linear
 
@@ -70,6 +86,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         held = self._buffers  # not as attributes: a look into each of nn.Module's dictionaries costs a microsecond
+        if (order := held["order"]) is not None:
+            x = x.index_select(-1, order)
         weight = held["codes"], held["scales"], held["zeros"], self._parameters["bias"], self.out_features
         return W4_LINEAR(x, *weight, self.scheme.bits, self.scheme.group_size, PLANES[self.precision])
 
@@ -78,14 +96,16 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         q = unpack(self.panels, self.out_features, self.in_features, self.scheme)
-        destination.update(self.stored.format.pack(prefix.removesuffix("."), q, self.stored.scheme, self.stored.dtype))
+        layout, scheme, dtype = self.stored
+        destination.update(layout.pack(prefix.removesuffix("."), q, scheme, dtype, self.order))
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Raises KeyError if a tensor is missing, CheckpointError if it is malformed."""
-        m, n, read = self.out_features, self.in_features, state_dict.__getitem__
-        q = self.stored.format.unpack(prefix.removesuffix("."), read, m, n, self.stored.scheme)
+        m, n, name, layout = self.out_features, self.in_features, prefix.removesuffix("."), self.stored.format
+        q = layout.unpack(name, state_dict, m, n, self.stored.scheme)
+        self.order = layout.order(name, state_dict, n, self.stored.scheme)
         for name, buffer in pack(q, self.scheme)._asdict().items():
             self._buffers[name] = buffer
         QuantLinear.changes += 1

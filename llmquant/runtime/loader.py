@@ -14,7 +14,7 @@ from llmquant.errors import CheckpointError, RecipeError
 from llmquant.formats import for_config
 from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
-from llmquant.model.shell import check_finite, empty_model, place, read_config, stored_as, tied_names
+from llmquant.model.shell import StoredTensors, empty_model, place, read_config, tied_names
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
 
@@ -43,9 +43,10 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, precision: str
     model.config.dtype = dtype
     names = [name for name in model.state_dict() if name not in tied_names(model)]
     packed = quantize_linears(model, source, stored, precision)
+    tensors = StoredTensors(model, source)
     for name in names:
         if name not in packed:
-            _place(model, name, _read(name, model, source), dtype)
+            _place(model, name, tensors[name], dtype)
     model.tie_weights()
     use_attention(model)
     use_decoder(model)
@@ -70,22 +71,16 @@ def quantize_linears(model: PreTrainedModel, source: Checkpoint, dtype: torch.dt
     layout = for_config(block)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     schemes = layout.read_config(block, list(linears))
+    tensors = StoredTensors(model, source)
     for name, scheme in schemes.items():
         m, n = linears[name].weight.shape
-        q = layout.unpack(name, lambda tensor: _read(tensor, model, source), m, n, scheme)
-        linear = QuantLinear.from_quantized(q, scheme, linears[name].bias, Stored(layout, scheme, dtype))
+        q = layout.unpack(name, tensors, m, n, scheme)
+        order = layout.order(name, tensors, n, scheme)
+        linear = QuantLinear.from_quantized(q, scheme, linears[name].bias, Stored(layout, scheme, dtype), order)
         linear.precision = precision
         model.set_submodule(name, linear)
     model.config.quantization_config = block  # for save_pretrained
     return {f"{name}.weight" for name in schemes}
-
-
-def _read(name: str, model: PreTrainedModel, source: Checkpoint) -> Tensor:
-    """A tensor by its name in the model, whatever the checkpoint calls it."""
-    stored = stored_as(name, model, source)
-    tensor = source.read(stored)
-    check_finite(tensor, f"{source.root / source.file_of[stored]}: {stored}")
-    return tensor
 
 
 def _place(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ from formats_cases import SCHEMES, example, quantized
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmquant.errors import CheckpointError, NumericsError
+from llmquant.errors import CheckpointError, NumericsError, RecipeError
 from llmquant.formats import FORMATS, compressed_tensors, for_config
 from llmquant.scheme import Quantized, Scheme
 
@@ -34,7 +34,7 @@ def test_what_goes_in_comes_out(scheme: Scheme, dtype: torch.dtype) -> None:
     assert list(tensors) == list(specs)
     assert all(t.is_contiguous() for t in tensors.values())
     assert ("p.weight_zero_point" in tensors) is not scheme.symmetric
-    for before, after in zip(q, compressed_tensors.unpack("p", tensors.__getitem__, m, n, scheme), strict=True):
+    for before, after in zip(q, compressed_tensors.unpack("p", tensors, m, n, scheme), strict=True):
         assert before.dtype == after.dtype
         assert torch.equal(before, after)
 
@@ -44,7 +44,7 @@ def test_any_shape_comes_back(m: int, groups: int, n: int, width: int, symmetric
     scheme, n = (Scheme(width, 32, symmetric), 32 * groups) if n % 2 else (Scheme(width, -1, symmetric), n)
     q = quantized(scheme, m, n)
     tensors = compressed_tensors.pack("p", q, scheme, BF16)
-    after = compressed_tensors.unpack("p", tensors.__getitem__, m, n, scheme)
+    after = compressed_tensors.unpack("p", tensors, m, n, scheme)
     assert all(torch.equal(a, b) for a, b in zip(q, after, strict=True))
 
 
@@ -64,7 +64,7 @@ def test_a_malformed_tensor_is_named(leaf: str) -> None:
     tensors = compressed_tensors.pack("p", q, scheme, BF16)
     tensors[f"p.{leaf}"] = tensors[f"p.{leaf}"].to(torch.int16)
     with pytest.raises(CheckpointError, match=rf"^p\.{leaf}: is torch\.int16"):
-        compressed_tensors.unpack("p", tensors.__getitem__, *q.codes.shape, scheme)
+        compressed_tensors.unpack("p", tensors, *q.codes.shape, scheme)
 
 
 def test_a_foreign_shape_is_refused() -> None:
@@ -72,7 +72,7 @@ def test_a_foreign_shape_is_refused() -> None:
     q = quantized(scheme)
     tensors = compressed_tensors.pack("p", q, scheme, BF16) | {"p.weight_shape": torch.tensor([1, 2])}
     with pytest.raises(CheckpointError, match=r"p\.weight_shape: is \[1, 2\]"):
-        compressed_tensors.unpack("p", tensors.__getitem__, *q.codes.shape, scheme)
+        compressed_tensors.unpack("p", tensors, *q.codes.shape, scheme)
 
 
 def test_refuse() -> None:
@@ -135,7 +135,7 @@ def test_config_of_another_tool() -> None:
         ({"group_size": 16}, "group_size: 16"),
         ({"type": "float"}, "type 'float'"),
         ({"strategy": "tensor"}, "strategy 'tensor'"),
-        ({"actorder": "group"}, "actorder 'group'"),
+        ({"actorder": "sideways"}, "actorder 'sideways'"),
         ({"symmetric": "yes"}, "'yes'"),
     ],
 )
@@ -149,6 +149,26 @@ def test_broken_pattern_and_other_layouts() -> None:
         compressed_tensors.read_config(foreign() | {"ignore": ["re:("]}, LINEARS)
     with pytest.raises(CheckpointError, match="format 'int-quantized'"):
         compressed_tensors.read_config(foreign() | {"format": "int-quantized"}, LINEARS)
+
+
+@pytest.mark.parametrize("option", ["sparsity_config", "transform_config", "kv_cache_scheme"])
+def test_more_than_packed_weights_is_refused_by_name(option: str) -> None:
+    assert compressed_tensors.read_config(foreign() | {option: {}}, LINEARS)
+    with pytest.raises(CheckpointError, match=rf"^config\.json: quantization_config: {option} is not supported"):
+        compressed_tensors.read_config(foreign() | {option: {"format": "dense"}}, LINEARS)
+
+
+def test_reordered_columns_of_older_files() -> None:
+    scheme = Scheme(4, 32)
+    q = quantized(scheme, 16, 64)
+    tensors = compressed_tensors.pack("p", q, scheme, BF16)
+    tensors["p.weight_g_idx"] = torch.arange(64, dtype=torch.int32) % 2
+    order = compressed_tensors.order("p", tensors, 64, scheme)
+    assert order is not None
+    assert order.tolist() == [*range(0, 64, 2), *range(1, 64, 2)]
+    assert torch.equal(compressed_tensors.unpack("p", tensors, 16, 64, scheme).codes, q.codes[:, order])
+    with pytest.raises(RecipeError, match=r"^p: .*desc_act.*compressed-tensors cannot hold"):
+        compressed_tensors.pack("p", q, scheme, BF16, order)
 
 
 def test_shards_of_rows_stay_apart() -> None:

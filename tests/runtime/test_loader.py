@@ -80,11 +80,12 @@ def test_an_unquantized_checkpoint_is_what_transformers_loads(make_checkpoint: M
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
 def test_a_packed_checkpoint_is_the_dense_model_of_its_weights(
     make_packed: MakeCheckpoint, make_checkpoint: MakeCheckpoint, arch: str, format: str
 ) -> None:
-    model = load(make_packed(rtn(format), arch=arch), torch.float32)
+    scheme = Scheme(4, 32, symmetric=format != "awq")
+    model = load(make_packed(rtn(format, scheme), arch=arch), torch.float32)
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) >= 8
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     assert relative_error(logits(model), logits(dense_twin(model, make_checkpoint(arch=arch)))) < EXACT
@@ -157,7 +158,7 @@ def test_both_conventions_for_the_prefix(make_packed: MakeCheckpoint, tmp_path: 
 @pytest.mark.parametrize(
     ("format", "leaf"),
     [("compressed-tensors", leaf) for leaf in ("weight_packed", "weight_scale", "weight_shape")]
-    + [("gptq", leaf) for leaf in ("qweight", "qzeros", "scales", "g_idx")],
+    + [("gptq", leaf) for leaf in ("qweight", "qzeros", "scales")],
 )
 def test_a_missing_part_of_a_weight_is_refused(
     make_packed: MakeCheckpoint, tmp_path: Path, format: str, leaf: str
@@ -190,9 +191,9 @@ def test_a_shape_that_config_does_not_ask_for_is_refused(make_packed: MakeCheckp
 
 
 @pytest.mark.parametrize("arch", ["llama", "phi3", "opt", "gpt_neox"])
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
 def test_what_is_saved_is_what_was_loaded(make_packed: MakeCheckpoint, tmp_path: Path, arch: str, format: str) -> None:
-    scheme = Scheme(3, 32, symmetric=False) if format == "compressed-tensors" else Scheme(4, 32)
+    scheme = Scheme(3 if format == "compressed-tensors" else 4, 32, symmetric=format == "gptq")
     packed = make_packed(rtn(format, scheme), arch=arch)
     model = load(packed)
     model.save_pretrained(tmp_path)
