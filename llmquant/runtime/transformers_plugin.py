@@ -73,16 +73,21 @@ class _Packed(nn.Module):
 
     def linear(self, name: str, dtype: torch.dtype) -> QuantLinear:
         """Raises CheckpointError if a tensor was not in the checkpoint or is malformed, NumericsError if not finite."""
+        tensors = _Tensors()
+        for leaf, value in self._buffers.items():
+            if value is not None and getattr(value, "_is_hf_initialized", False):  # set on what was read from a file
+                tensors[f"{name}.{leaf}"] = value
+                check_finite(value, f"{name}.{leaf}")
+        q = self.layout.unpack(name, tensors, self.m, self.n, self.scheme)
+        order = self.layout.order(name, tensors, self.n, self.scheme)
+        return QuantLinear.from_quantized(q, self.scheme, self.bias, Stored(self.layout, self.scheme, dtype), order)
 
-        def read(tensor: str) -> torch.Tensor:
-            value = self._buffers[tensor.rpartition(".")[2]]
-            if value is None or not getattr(value, "_is_hf_initialized", False):  # set on what was read from a file
-                raise CheckpointError(f"tensor {tensor} is missing from every shard; fetch the checkpoint again")
-            check_finite(value, tensor)
-            return value
 
-        q = self.layout.unpack(name, read, self.m, self.n, self.scheme)
-        return QuantLinear.from_quantized(q, self.scheme, self.bias, Stored(self.layout, self.scheme, dtype))
+class _Tensors(dict[str, torch.Tensor]):
+    """Tensors that were in the checkpoint."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        raise CheckpointError(f"tensor {name} is missing from every shard; fetch the checkpoint again")
 
 
 @register_quantizer(NAME)
