@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: the tests 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 torch.set_num_threads(1)
 

@@ -29,13 +29,12 @@ class Panels(NamedTuple):
 
 def pack(q: Quantized, scheme: Scheme) -> Panels:
     """A quantized weight [m, n] of 4 or 8 bits as panels."""
-    dtype = next(dtype for dtype in KINDS if torch.equal(q.scales.to(dtype).float(), q.scales))
     m, n = q.codes.shape
     codes = F.pad(q.codes, (0, -n % CHUNK, 0, -m % PANEL)).view(-(-m // PANEL), PANEL, -1, 32 // scheme.bits)
     steps = codes.transpose(1, 2)  # [P, steps, 16, 8 or 4]
     steps = steps if scheme.bits == 8 else steps[..., :4] | steps[..., 4:] << 4
     zeros = None if scheme.symmetric else _by_panel(q.zeros)
-    return Panels(steps.contiguous(), _by_panel(q.scales.to(dtype)), zeros)
+    return Panels(steps.contiguous(), _by_panel(q.scales.to(exact_dtype(q.scales))), zeros)
 
 
 def unpack(panels: Panels, m: int, n: int, scheme: Scheme) -> Quantized:
@@ -45,6 +44,11 @@ def unpack(panels: Panels, m: int, n: int, scheme: Scheme) -> Quantized:
     scales = _by_row(panels.scales, m).float()
     zeros = torch.full_like(scales, scheme.midpoint) if panels.zeros is None else _by_row(panels.zeros, m)
     return Quantized(codes.contiguous(), scales, zeros.to(torch.uint8))
+
+
+def exact_dtype(scales: Tensor) -> torch.dtype:
+    """The first of KINDS that holds all of them exactly."""
+    return next(dtype for dtype in KINDS if torch.equal(scales.to(dtype).float(), scales))
 
 
 def _by_panel(grid: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""Tiles of the Triton kernels: what a device was measured to do best, or else a default that is only reasoned.
+
+A table of measured tiles is a file for each device in the user's cache directory; `tune` writes it.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from llmquant.checkpoint import durable
+from llmquant.errors import RecipeError
+
+MOST_SPLITS, FEWEST_STEPS = 16, 4  # parts of one sum, and steps of each
+WAVES = 2  # programs for each multiprocessor, that the sums are split for
+
+
+class Config(NamedTuple):
+    """How one product is computed."""
+
+    rows: int  # out features of a tile; divides triton.ROWS
+    tokens: int  # of a tile; 16 or more, for the tensor cores
+    split: int  # parts of each sum
+    warps: int
+    stages: int  # of the pipeline that loads
+
+
+class Tile(NamedTuple):
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+# For up to so many tokens. Not measured yet: tiles that fill registers without spilling, by the compiler's count.
+DEFAULTS = {16: Tile(64, 16, 4, 4), 32: Tile(64, 32, 4, 4), 64: Tile(64, 64, 4, 4), 1 << 62: Tile(128, 64, 8, 3)}
+
+# What `tune` tries.
+CANDIDATES = tuple(
+    Config(rows, tokens, split, warps, stages)
+    for rows, warps in ((32, 2), (64, 4), (128, 4), (128, 8))
+    for tokens in (16, 32, 64)
+    for split in (1, 2, 4, 8, 16)
+    for stages in (3, 5)
+)
+
+
+def choose(device: torch.device, m: int, n: int, tokens: int, step: int) -> Config:
+    """For a weight [m, n] whose sums go `step` columns at a time."""
+    measured = _table(_name(device)).get(key(m, n, tokens, step))
+    return measured or default(m, n, tokens, step, _processors(device))
+
+
+def default(m: int, n: int, tokens: int, step: int, processors: int) -> Config:
+    """The first tile that the tokens fit; sums split until the device is full."""
+    tile = next(tile for most, tile in DEFAULTS.items() if tokens <= most)
+    programs, steps, split = -(-m // tile.rows) * -(-tokens // tile.tokens), -(-n // step), 1
+    while split < MOST_SPLITS and programs * split < WAVES * processors and steps >= 2 * split * FEWEST_STEPS:
+        split *= 2
+    return Config(tile.rows, tile.tokens, split, tile.warps, tile.stages)
+
+
+def key(m: int, n: int, tokens: int, step: int) -> str:
+    """Of the table: tokens up to the next power of two, 16 or more, share an entry."""
+    return f"{m}x{n}, steps of {step}, {max(16, 1 << (tokens - 1).bit_length())} tokens"
+
+
+def tune(device: torch.device, key: str, seconds: Callable[[Config], float], tried: Iterable[Config]) -> Config:
+    """Measure, keep the fastest for this device, and return it."""
+    best = min(tried, key=seconds)
+    path = _path(_name(device))
+    table = {name: list(config) for name, config in _table(_name(device)).items()} | {key: list(best)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_file(path, [json.dumps(table, indent=1, sort_keys=True).encode()])
+    _table.cache_clear()
+    return best
+
+
+@cache
+def _table(device: str) -> dict[str, Config]:
+    path = _path(device)
+    if not path.is_file():
+        return {}
+    try:
+        table = {name: Config(*map(int, values)) for name, values in json.loads(path.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{path}: is no table of tiles ({error}); delete it") from error
+    return table
+
+
+def _path(device: str) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "llmquant" / f"triton-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
