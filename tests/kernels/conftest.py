@@ -1,35 +1,28 @@
-"""Triton's kernels on the GPU, or else in Triton's interpreter."""
+"""The emulated CUDA library, built once for all processes of a test run."""
 
+import fcntl
 import os
-from importlib.util import find_spec
+import shutil
+import subprocess
 
-import numpy as np
 import pytest
-
-if find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.language import bfloat16
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot = InterpreterBuilder.create_dot
-
-    def dot_of_numbers(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
-        """The interpreter holds bf16 as its bits, and multiplies the bits."""
-        return dot(self, *(_widened(operand) for operand in (a, b)), *rest)
-
-    def _widened(operand: TensorHandle) -> TensorHandle:
-        if operand.dtype.scalar != bfloat16:
-            return operand
-        from triton.language import float32
-
-        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), float32)
-
-    InterpreterBuilder.create_dot = dot_of_numbers
+from emulated_cuda import SOURCES, Emulator
 
 
-@pytest.fixture
-def device() -> str:
-    """Where Triton's kernels run here."""
-    pytest.importorskip("triton")
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler on the PATH")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    library = shared / "llmquant_cuda_emulated.so"
+    with (shared / "llmquant_cuda_emulated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            sources = map(str, [*sorted(SOURCES.glob("*.cu")), SOURCES / "emulated.cpp"])
+            options = "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-x", "c++"
+            unfinished = library.with_suffix(".unfinished")
+            subprocess.run([compiler, *options, *sources, "-o", str(unfinished)], check=True)
+            unfinished.rename(library)
+    return Emulator(library)
