@@ -4,7 +4,8 @@ checkpoint/   safetensors directories on disk: validated reads, atomic writes, j
 model/        structure of an architecture; one layer in memory at a time
 calibration/  text in, token batches out; activations from layer to layer
 solve/        GPTQ, AWQ, refit, descent, training: pure functions on tensors
-formats/      packed layouts: compressed-tensors, GPTQ
+formats/      packed layouts: compressed-tensors, GPTQ, AWQ
+convert/      a packed checkpoint in another layout
 kernels/      INT4 matmul: the definition and the C++ path
 runtime/      a packed checkpoint as a transformers model
 evaluate/     perplexity, KL divergence, agreement
@@ -28,6 +29,7 @@ _HOMES = {  # imported on first use: `import llmquant` stays quick
     "LlmquantConfig": "runtime.transformers_plugin",
     "generate": "runtime.generate",
     "evaluate": "evaluate.run",
+    "convert": "convert",
     "LlmquantError": "errors",
 }
 __all__ = ["__version__", *_HOMES]

@@ -15,6 +15,7 @@ import torch
 import typer
 
 from llmquant.bench.commands import app as bench_app
+from llmquant.convert import convert as run_conversion
 from llmquant.display import Display, console, results, show_plan, show_table
 from llmquant.errors import GateError, LlmquantError, RecipeError
 from llmquant.evaluate.run import evaluate as run_evaluation
@@ -60,6 +61,13 @@ class Precision(str, Enum):
 class Format(str, Enum):
     compressed_tensors = "compressed-tensors"
     gptq = "gptq"
+    awq = "awq"
+
+
+class Target(str, Enum):
+    compressed_tensors = "compressed-tensors"
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
     awq = "awq"
 
 
@@ -119,6 +127,24 @@ def quantize(
         print_json({"out": str(out), "verified": True, **plan.to_dict()})
     else:
         console.print(f"[bold]{out}[/bold] is complete and verified; try: llmquant generate {out} -p 'Hello'")
+
+
+@app.command()
+def convert(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A quantized checkpoint, of any tool.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory to write.")],
+    to: Annotated[Target, typer.Option(help="The layout to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint in OUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized checkpoint in another layout, with the same integers; refuse where it cannot hold them."""
+    made = run_conversion(directory, out, to.value, overwrite=overwrite)
+    if as_json:
+        print_json(made.to_dict())
+        return
+    for note in made.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    console.print(f"[bold]{out}[/bold] is complete and verified: {made.linears} linears, {made.source} -> {made.to}")
 
 
 @app.command()

@@ -49,14 +49,15 @@ def already_finished(out: Path, fingerprint: dict[str, Any], *, overwrite: bool)
     if overwrite:
         _remove(out, ["config.json", *read_manifest(out), LOG, MANIFEST])
         return False
-    if not (out / LOG).is_file() or _digest(fingerprint).encode() not in (out / LOG).read_bytes().partition(b"\n")[0]:
+    if not (out / LOG).is_file() or digest_of(fingerprint).encode() not in (out / LOG).read_bytes().partition(b"\n")[0]:
         raise OutputError(f"{out}: holds a finished checkpoint of another run; use --overwrite to replace it")
     verify_checkpoint(out)
     durable.sweep(out)  # a run killed while it removed its journal leaves the rest of it
     return True
 
 
-def _digest(fingerprint: dict[str, Any]) -> str:
+def digest_of(fingerprint: dict[str, Any]) -> str:
+    """What the log of a finished directory says of the run that made it."""
     return hashlib.sha256(json_bytes(fingerprint)).hexdigest()
 
 
@@ -125,7 +126,7 @@ def _log_lines(
     tokens = calibration.tokens if calibration else {}
     notes = [*plan.notes, *(calibration.notes if calibration else ())]
     head = {
-        "fingerprint": _digest(fingerprint),
+        "fingerprint": digest_of(fingerprint),
         "calibration_tokens": tokens,
         "sequences": calibration.sequences if calibration else 0,
         "notes": notes,

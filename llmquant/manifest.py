@@ -58,3 +58,9 @@ def is_sealed(data: bytes) -> bool:
     body, newline, _ = data.removesuffix(b"\n").rpartition(b"\n")
     body += newline
     return data == body + json.dumps({"sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n"
+
+
+def conversion_of(directory: Path) -> dict[str, Any] | None:
+    """What the log says of a directory that `convert` made: `from`, `to` and more; None for one of `quantize`."""
+    head = json.loads((directory / LOG).read_bytes().partition(b"\n")[0])
+    return head.get("converted") if isinstance(head, dict) else None

@@ -306,7 +306,7 @@ def _stored_spec(shell: Shell, name: str) -> Spec:
 
 def _name_shards(drafts: list[_Draft], *, merged: bool) -> tuple[Unit, ...]:
     """Cut each unit into files of at most SHARD_BYTES and number them all."""
-    cut = [_cut(draft.specs) for draft in drafts]
+    cut = [shards_of(draft.specs) for draft in drafts]
     total = sum(len(files) for files in cut)
     pattern = ".llmquant/part-{:05d}.safetensors" if merged else "model-{:05d}-of-" + f"{total:05d}.safetensors"
     numbers = iter(range(1, total + 1))
@@ -322,7 +322,8 @@ def _name_shards(drafts: list[_Draft], *, merged: bool) -> tuple[Unit, ...]:
     )
 
 
-def _cut(specs: dict[str, Spec]) -> list[dict[str, Spec]]:
+def shards_of(specs: dict[str, Spec]) -> list[dict[str, Spec]]:
+    """Tensors in files of at most SHARD_BYTES, unless a single one is larger."""
     files: list[dict[str, Spec]] = []
     size = 0
     for name, spec in specs.items():

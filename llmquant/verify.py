@@ -14,9 +14,9 @@ from llmquant.checkpoint.journal import WORK
 from llmquant.checkpoint.parts import file_sha256
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import LlmquantError, VerifyError
-from llmquant.formats import for_config
-from llmquant.manifest import LOG, MANIFEST, RECIPE, is_sealed, read_manifest
-from llmquant.model.layout import derive_layout
+from llmquant.formats import FORMATS, for_config
+from llmquant.manifest import LOG, MANIFEST, RECIPE, conversion_of, is_sealed, read_manifest
+from llmquant.model.layout import Layout, derive_layout
 from llmquant.model.shell import check_finite, empty_model, read_config, spellings, tied_names
 from llmquant.recipe import Recipe
 from llmquant.scheme import Scheme
@@ -42,7 +42,11 @@ def verify_checkpoint(directory: str | Path) -> int:
 def problems_of(directory: Path) -> list[str]:
     """All that is wrong with a directory, one sentence each."""
     try:
-        return list(_digest_problems(directory)) or list(_content_problems(Checkpoint.open(directory)))
+        if problems := list(_digest_problems(directory)):
+            return problems
+        converted = conversion_of(directory)
+        checked = converted is None or converted["to"] in FORMATS  # of other products the digests are all there is
+        return list(_content_problems(Checkpoint.open(directory), promised=converted is None)) if checked else []
     except LlmquantError as error:
         return [str(error)]
 
@@ -57,20 +61,26 @@ def _digest_problems(directory: Path) -> Iterator[str]:
     for path in sorted(directory.glob("*.safetensors")):
         if path.name not in digests:
             yield f"{path.name} is not listed in {MANIFEST}"
-    for name in {"config.json", RECIPE} - set(digests):
-        yield f"{name} is not listed in {MANIFEST}"
     log = directory / LOG
     if not log.is_file() or not is_sealed(log.read_bytes()):
         yield f"{LOG} is missing or not as it was written"
+    elif conversion_of(directory) is None:
+        for name in {"config.json", RECIPE} - set(digests):
+            yield f"{name} is not listed in {MANIFEST}"
 
 
-def _content_problems(source: Checkpoint) -> Iterator[str]:
-    """Tensors against the model and the recipe; every number finite."""
+def _content_problems(source: Checkpoint, *, promised: bool) -> Iterator[str]:
+    """Tensors against the model and, where there is one, the recipe; every number finite."""
     config = read_config(source)
     layout = derive_layout(config, trust_remote_code=source.trust_remote_code)
     block = source.config["quantization_config"]
     schemes = for_config(block).read_config(block, list(layout.shapes))
-    recipe = Recipe.from_yaml(source.root / RECIPE)
+    if promised:
+        yield from _broken_promises(schemes, Recipe.from_yaml(source.root / RECIPE), layout)
+    yield from _tensor_problems(source, schemes, layout.shapes)
+
+
+def _broken_promises(schemes: dict[str, Scheme], recipe: Recipe, layout: Layout) -> Iterator[str]:
     promised = {
         linear.name: linear.scheme
         for layer in layout.layers
@@ -81,7 +91,6 @@ def _content_problems(source: Checkpoint) -> Iterator[str]:
     if schemes != promised:
         name = next(name for name in {**schemes, **promised} if schemes.get(name) != promised.get(name))
         yield f"config.json: {name} is {schemes.get(name)}, but the recipe promises {promised.get(name)}"
-    yield from _tensor_problems(source, schemes, layout.shapes)
 
 
 def _tensor_problems(

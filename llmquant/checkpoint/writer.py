@@ -7,7 +7,7 @@ no time stamps, sorted keys.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,18 @@ def write_shard(path: Path, tensors: Mapping[str, TensorSource]) -> str:
             yield from _pieces(path, name, source)
 
     return durable.write_file(path, chunks(), len(header) + size)
+
+
+def deferred(dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Lazy:
+    """A tensor that is made when it is written, and gone after that."""
+
+    def read() -> Iterator[memoryview]:
+        tensor = make()
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"promised {dtype} {shape}, made {tensor.dtype} {tuple(tensor.shape)}")
+        yield from _slices(tensor)
+
+    return Lazy(dtype, shape, read)
 
 
 def write_json(path: Path, value: Any) -> str:

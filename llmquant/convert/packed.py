@@ -1,0 +1,101 @@
+"""From one packed layout of checkpoints to another: the same integers, scales and zero points in other places."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmquant.checkpoint.writer import TensorSource, copy_file, deferred, write_json, write_shard
+from llmquant.convert.source import Source
+from llmquant.errors import RecipeError
+from llmquant.finish import INDEX, SINGLE
+from llmquant.formats import FORMATS, Format
+from llmquant.formats.checks import check_in_place
+from llmquant.formats.gptq import Gptq
+from llmquant.plan import Spec, shards_of, spec_bytes
+
+Files = dict[str, Callable[[Path], str]]  # name -> what writes the file and gives its sha256; in this order
+
+
+def packed_files(source: Source, to: str) -> Files:
+    """The files of a checkpoint in the layout `to`; config.json is the last.
+
+    Raises:
+        RecipeError: the layout cannot hold what the source holds: bits, group size, several schemes, act-order.
+    """
+    target = FORMATS[to]
+    reordered = _check(source, target)
+    skipped = [name for name in source.linears if name not in source.schemes]
+    block = target.config_block(source.schemes, skipped)
+    if reordered:
+        block["desc_act"] = True
+    config = source.checkpoint.config | {"quantization_config": block}
+    files = tensor_files(source, target)
+    files |= side_files(source)
+    if isinstance(target, Gptq):  # where older loaders look
+        files["quantize_config.json"] = partial(_write_json, block)
+    return files | {"config.json": partial(_write_json, config)}
+
+
+def tensor_files(source: Source, target: Format) -> Files:
+    """The weights in shards, and their index if there are several. Tensors are packed as they are written."""
+    dtype = source.scale_dtype()
+
+    @lru_cache(maxsize=1)  # the tensors of a linear are mostly neighbours
+    def packed(prefix: str) -> dict[str, Tensor]:
+        name = source.prefixes[prefix]
+        return target.pack(prefix, source.read(name), source.schemes[name], dtype, source.order(name))
+
+    def tensor(name: str) -> TensorSource:
+        if name in source.checkpoint.tensors and name in kept:
+            return source.checkpoint.lazy(name)
+        return deferred(*specs[name], lambda: packed(name.rpartition(".")[0])[name])
+
+    kept = dict.fromkeys(source.kept())
+    specs: dict[str, Spec] = {}
+    for name in kept:
+        info = source.checkpoint.tensors[name]
+        specs[name] = info.dtype, info.shape
+    for prefix, name in source.prefixes.items():
+        specs |= target.specs(prefix, *source.linears[name], source.schemes[name], dtype)
+    shards = shards_of(specs)
+    if len(shards) == 1:
+        return {SINGLE: lambda path: write_shard(path, {name: tensor(name) for name in specs})}
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files: Files = {}
+    for file, shard in zip(names, shards, strict=True):
+        files[file] = lambda path, shard=shard: write_shard(path, {name: tensor(name) for name in shard})
+    index = {
+        "metadata": {"total_size": sum(map(spec_bytes, specs.values()))},
+        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+    }
+    return files | {INDEX: partial(_write_json, index)}
+
+
+def side_files(source: Source) -> Files:
+    """Tokenizer, templates, licence, as they are."""
+    root = source.checkpoint.root
+    return {name: partial(_copy, root / name) for name in source.checkpoint.side_files()}
+
+
+def _check(source: Source, target: Format) -> bool:
+    """Refuse what the target cannot hold, before anything is written. Whether columns are reordered."""
+    reordered = False
+    for name, scheme in source.schemes.items():
+        if reason := target.refuse(*source.linears[name], scheme):
+            raise RecipeError(f"{name}: {target.NAME} cannot hold it: {reason}")
+        if (order := source.order(name)) is not None:
+            reordered = True
+            if not isinstance(target, Gptq):
+                check_in_place(name, order, target.NAME)
+    return reordered
+
+
+def _write_json(value: Any, path: Path) -> str:
+    return write_json(path, value)
+
+
+def _copy(source: Path, path: Path) -> str:
+    return copy_file(source, path)
