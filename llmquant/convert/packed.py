@@ -1,6 +1,6 @@
 """From one packed layout of checkpoints to another: the same integers, scales and zero points in other places."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,15 @@ def tensor_files(source: Source, target: Format) -> Files:
         specs[name] = info.dtype, info.shape
     for prefix, name in source.prefixes.items():
         specs |= target.specs(prefix, *source.linears[name], source.schemes[name], dtype)
+
+    def shard_file(names: Iterable[str], path: Path) -> str:
+        return write_shard(path, {name: tensor(name) for name in names})
+
     shards = shards_of(specs)
     if len(shards) == 1:
-        return {SINGLE: lambda path: write_shard(path, {name: tensor(name) for name in specs})}
+        return {SINGLE: partial(shard_file, specs)}
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    files: Files = {}
-    for file, shard in zip(names, shards, strict=True):
-        files[file] = lambda path, shard=shard: write_shard(path, {name: tensor(name) for name in shard})
+    files: Files = {file: partial(shard_file, shard) for file, shard in zip(names, shards, strict=True)}
     index = {
         "metadata": {"total_size": sum(map(spec_bytes, specs.values()))},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
