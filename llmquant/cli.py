@@ -86,6 +86,7 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. (default: 128)")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in each of them. (default: 512)")] = None,
+    tensor_parallel: Annotated[str | None, typer.Option(help="Ranks to check for, as in 1,2,4,8.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file; options given here override it.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. (default: 0)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -105,6 +106,7 @@ def quantize(
             "method": method and method.value,
             "format": format and format.value,
             "seed": seed,
+            "tensor_parallel": parse_ranks(tensor_parallel),
             "scheme": {"bits": bits, "group_size": group_size, "symmetric": sym},
             "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len},
         },
@@ -244,6 +246,13 @@ def parse_size(text: str | None) -> int | None:
         return int(float(number) * unit)
     except ValueError as error:
         raise typer.BadParameter(f"--max-memory {text}: write a number and a unit, as in 16GB") from error
+
+
+def parse_ranks(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--tensor-parallel {text}: write numbers of ranks, as in 1,2,4,8") from error
 
 
 def parse_percent(text: str | None) -> float | None:

@@ -4,6 +4,7 @@ It is what `--dry-run` prints, what resume compares and what the loop follows wi
 its own: the scheme of every linear, the file of every tensor, bytes, memory and time.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,6 +23,7 @@ from llmquant.model.shell import Shell
 from llmquant.native import active_backend
 from llmquant.recipe import Recipe
 from llmquant.scheme import Scheme
+from llmquant.tensor_parallel import refuse_heads, refuse_linear
 from llmquant.version import __version__
 
 SHARD_BYTES = 5_000_000_000  # the Hub's own default
@@ -184,7 +186,13 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         model_type=layout.model_type,
         units=units,
         merged=total <= SHARD_BYTES,
-        notes=(*_linear_notes(units), *_outside_notes(shell), *_caveats(units, recipe), *_spill_notes(cost)),
+        notes=(
+            *_linear_notes(units),
+            *_outside_notes(shell),
+            *_caveats(units, recipe),
+            *_tensor_parallel_notes(units, recipe, shell),
+            *_spill_notes(cost),
+        ),
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=cost,
         all_linears=tuple(layout.shapes),
@@ -266,16 +274,41 @@ def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> 
 
 
 def _linear_notes(units: tuple[Unit, ...]) -> list[str]:
-    """What departs from the recipe, said once: which linears, in how many layers, and why."""
+    """What departs from the recipe: which linears, in how many layers, and why."""
+    return _once((unit, linear, linear.note) for unit in units for linear in unit.linears.values() if linear.note)
+
+
+def _once(found: Iterable[tuple[Unit, Linear, str]]) -> list[str]:
+    """Each note once, with the linears that it is about."""
     where: dict[str, dict[str, set[str]]] = {}
-    for unit in units:
-        for linear in unit.linears.values():
-            if linear.note:
-                leaf = linear.name.removeprefix(unit.name + ".")
-                where.setdefault(linear.note, {}).setdefault(leaf, set()).add(unit.name)
+    for unit, linear, note in found:
+        leaf = linear.name.removeprefix(unit.name + ".")
+        where.setdefault(note, {}).setdefault(leaf, set()).add(unit.name)
     return [
         f"{', '.join(leaves)} in {len(set().union(*leaves.values()))} layers: {note}" for note, leaves in where.items()
     ]
+
+
+def _tensor_parallel_notes(units: tuple[Unit, ...], recipe: Recipe, shell: Shell) -> list[str]:
+    """For each number of ranks that the recipe names: which linears a server cannot cut for them, and why."""
+    notes = []
+    for degree in recipe.tensor_parallel:
+        if reason := refuse_heads(shell.config, degree):
+            notes.append(f"tensor parallel {degree}: {reason}")
+        refused = _once(
+            (unit, linear, reason)
+            for unit in units
+            for stack in unit.stacks
+            for linear in stack.linears
+            if (reason := _refuse_cut(stack, linear, recipe, shell, degree))
+        )
+        notes += [f"tensor parallel {degree}: {note}" for note in refused]
+    return notes
+
+
+def _refuse_cut(stack: Stack, linear: Linear, recipe: Recipe, shell: Shell, degree: int) -> str | None:
+    layout = FORMATS[recipe.format]
+    return refuse_linear(linear, stack.scheme, layout, shell.config, degree, normed=stack.normed)
 
 
 def _outside_notes(shell: Shell) -> list[str]:

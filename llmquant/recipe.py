@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from llmquant.errors import RecipeError
 from llmquant.scheme import Scheme
@@ -87,6 +87,7 @@ class Recipe(_Strict):
     calibration: CalibrationRecipe = CalibrationRecipe()
     solver: SolverRecipe = SolverRecipe()
     overrides: tuple[Override, ...] = ()
+    tensor_parallel: tuple[PositiveInt, ...] = ()  # numbers of ranks that servers will use: checked, not changed by
     seed: int = 0
 
     @property

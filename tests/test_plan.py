@@ -139,3 +139,36 @@ def test_unquantized_tensors_keep_name_dtype_and_bytes(tiny_checkpoint: Path, tm
     assert "model.embed_tokens.weight" in kept
     for name in kept:
         assert torch.equal(before.read(name), after[name])
+
+
+def test_ranks_that_cannot_share_a_linear_are_named_before_anything_is_written(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    model = make_checkpoint(hidden=128, intermediate=192, heads=8, kv_heads=2)
+    plan = planned(model, method="rtn", scheme={"group_size": 32}, tensor_parallel=[1, 2, 4, 8])
+    assert [note for note in plan.notes if "parallel" in note] == [
+        "tensor parallel 4: mlp.down_proj in 2 layers: 48 columns on each rank are no multiple of the group size 32",
+        "tensor parallel 8: self_attn.o_proj in 2 layers: 16 columns on each rank are no multiple of the group size 32",
+        "tensor parallel 8: mlp.down_proj in 2 layers: 24 columns on each rank are no multiple of the group size 32",
+    ]
+
+
+def test_ranks_cut_no_word_of_packed_rows(make_checkpoint: Callable[..., Path]) -> None:
+    model = make_checkpoint(hidden=64, intermediate=160, heads=8, kv_heads=8)
+    found = {}
+    for layout, symmetric in (("compressed-tensors", True), ("awq", False)):
+        scheme = {"group_size": -1, "symmetric": symmetric}
+        plan = planned(model, method="rtn", scheme=scheme, format=layout, tensor_parallel=[8])
+        found[layout] = [note for note in plan.notes if "parallel" in note]
+    assert found["compressed-tensors"] == [
+        "tensor parallel 8: mlp.down_proj in 2 layers: 20 columns on each rank end inside a word of weight_packed"
+    ]
+    assert found["awq"] == [
+        "tensor parallel 8: mlp.gate_proj, mlp.up_proj in 2 layers: 20 rows on each rank end inside a word of qweight"
+    ]
+
+
+def test_heads_are_shared_out_whole(make_checkpoint: Callable[..., Path]) -> None:
+    plan = planned(make_checkpoint(), method="rtn", scheme={"group_size": -1}, tensor_parallel=[3])
+    assert "tensor parallel 3: 4 attention heads cannot be shared out" in plan.notes
+    assert any(note.startswith("tensor parallel 3: ") and "rows cannot be shared out" in note for note in plan.notes)

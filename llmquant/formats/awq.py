@@ -19,6 +19,7 @@ from llmquant.formats import bits
 from llmquant.formats.checks import check_in_place, check_midpoint, read_checked, read_scheme, stored_scales
 from llmquant.formats.rules import settings
 from llmquant.scheme import Quantized, Scheme
+from llmquant.version import __version__
 
 NAME = "awq"
 NIBBLES = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # the row in each nibble
@@ -112,6 +113,7 @@ def config_block(schemes: Mapping[str, Scheme], skipped: Sequence[str]) -> dict[
         "sym": scheme.symmetric,
         "lm_head": "lm_head" in schemes,
         "modules_to_not_convert": list(skipped),
+        "meta": {"quantizer": [f"llmquant:{__version__}"]},
     }
 
 
