@@ -19,7 +19,7 @@ from llmquant.convert import convert as run_conversion
 from llmquant.display import Display, console, results, show_plan, show_table
 from llmquant.errors import GateError, LlmquantError, RecipeError
 from llmquant.evaluate.run import evaluate as run_evaluation
-from llmquant.inspect import inspect_checkpoint
+from llmquant.inspect import inspect_checkpoint, inspect_runtime
 from llmquant.pipeline import Options, open_plan
 from llmquant.pipeline import quantize as run_quantize
 from llmquant.recipe import Recipe, read_yaml
@@ -161,10 +161,16 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: J
 
 @app.command()
 def inspect(
-    directory: Annotated[str, typer.Argument(metavar="DIR")], trust_remote_code: Trust = False, as_json: Json = False
+    directory: Annotated[str | None, typer.Argument(metavar="DIR")] = None,
+    runtime: Annotated[bool, typer.Option("--runtime", help="What computes on this machine, and why.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
 ) -> None:
-    """Show architecture, parameters, bits per weight, and what quantizing would cost."""
-    facts = inspect_checkpoint(directory, trust_remote_code=trust_remote_code)
+    """Show architecture, parameters, bits per weight, and what quantizing would cost; or what computes here."""
+    if directory is None and not runtime:
+        raise typer.BadParameter("give a DIR, or --runtime")
+    facts = inspect_checkpoint(directory, trust_remote_code=trust_remote_code) if directory else {}
+    facts |= inspect_runtime() if runtime else {}
     print_json(facts) if as_json else show_table(facts)
 
 

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.estimate import estimate
 from llmquant.formats import for_config
 from llmquant.model.layout import Layout, derive_layout
 from llmquant.model.shell import Shell, read_config
-from llmquant.native import describe_backend
+from llmquant.native import describe_backend, describe_gpu_backend
 from llmquant.recipe import Recipe
 
 
@@ -34,6 +36,18 @@ def inspect_checkpoint(model: str | Path, *, trust_remote_code: bool = False) ->
     return (
         facts | (_quantized(source, block, layout) if block else _cost(source, layout)) | {"kernel": describe_backend()}
     )
+
+
+def inspect_runtime() -> dict[str, Any]:
+    """What computes on each kind of device of this machine, and why.
+
+    Raises:
+        RecipeError: LLMQUANT_BACKEND asks for what does not exist.
+    """
+    facts = {"torch": torch.__version__, "cpu": describe_backend(), "cuda": describe_gpu_backend()}
+    if torch.cuda.is_available():
+        facts["gpus"] = ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    return facts
 
 
 def _quantized(source: Checkpoint, block: dict[str, Any], layout: Layout) -> dict[str, Any]:

@@ -1,21 +1,30 @@
-"""The native library of csrc/cpu: whether it is there, and on which instruction set it runs.
+"""The compiled libraries, and what computes on each kind of device.
 
-LLMQUANT_BACKEND=reference leaves it alone, LLMQUANT_BACKEND=native makes its absence an error, LLMQUANT_LIBRARY names
-another build of it. What is used is said by `describe_backend`: a fallback is never silent.
+LLMQUANT_BACKEND names a backend: `native` (csrc/cpu, on the CPU), `cuda` (csrc/cuda) or `triton` (both on NVIDIA GPUs),
+whose absence is then an error; or `reference`, plain torch, for all devices. LLMQUANT_LIBRARY names another build of
+the native library. `describe_backend` and `describe_gpu_backend` say what is used: a fallback is never silent.
 """
 
 import ctypes
 import os
 from functools import cache
+from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from llmquant.errors import RecipeError
 
 LIBRARY = Path(os.environ.get("LLMQUANT_LIBRARY") or Path(__file__).parent / "_native" / "llmquant_cpu.so")
 BINDING = LIBRARY.with_name("llmquant_torch.so")  # to torch, see csrc/torch
+CUDA_LIBRARY = LIBRARY.with_name("llmquant_cuda.so")
 VARIABLE = "LLMQUANT_BACKEND"
-ABI = 5
+BACKENDS = ("native", "cuda", "triton", "reference")
+GPU_BACKENDS = ("cuda", "triton")  # the better one first
+ABI, CUDA_ABI = 5, 1
+OLDEST = (8, 0)  # compute capability that csrc/cuda and Triton serve
 
 
 class Library:
@@ -42,24 +51,99 @@ class Library:
         return f"{self.levels[0]}, {threads}"
 
 
+class CudaLibrary:
+    """The library of csrc/cuda, opened; this needs no GPU.
+
+    Raises:
+        OSError: as `Library`.
+    """
+
+    def __init__(self) -> None:
+        if not CUDA_LIBRARY.is_file():
+            raise OSError(f"there is no {CUDA_LIBRARY}; install nvcc, then llmquant again with LLMQUANT_CUDA=1")
+        self.functions = ctypes.CDLL(os.fspath(CUDA_LIBRARY))
+        if self.functions.llmquant_cuda_abi() != CUDA_ABI:
+            raise OSError(f"{CUDA_LIBRARY} belongs to another version; install llmquant again")
+        self.functions.llmquant_cuda_message.restype = ctypes.c_char_p
+        self.functions.llmquant_cuda_message.argtypes = [ctypes.c_int64]
+        for name in ("path", "workspace", "sizes", "pack", "unpack", "dequantize", "linear", "round_columns"):
+            getattr(self.functions, f"llmquant_cuda_{name}").restype = ctypes.c_int64
+
+    def call(self, name: str, *arguments: object) -> int:
+        """A function of the interface by its name without the prefix; raises RuntimeError with what it says."""
+        code: int = getattr(self.functions, f"llmquant_cuda_{name}")(*arguments)
+        if code < 0 or (code and name != "path"):
+            raise RuntimeError(f"llmquant_cuda_{name}: {self.functions.llmquant_cuda_message(code).decode()}")
+        return code
+
+
+class Backend(NamedTuple):
+    name: str  # one of BACKENDS
+    why: str
+    library: CudaLibrary | None = None
+
+
 @cache
 def find_library() -> Library | str:
-    """The library, or the reason why it is not in use.
+    """The CPU's library, or the reason why it is not in use.
 
     Raises:
         RecipeError: LLMQUANT_BACKEND asks for what does not exist.
     """
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "native", "reference"):
-        raise RecipeError(f"{VARIABLE}: {wanted!r} is no backend; use native or reference")
+    wanted = _wanted()
     if wanted == "reference":
         return f"{VARIABLE} asks for it"
+    if wanted in GPU_BACKENDS:
+        find_gpu_backend()  # has to be possible, even where nothing is asked of it
     try:
         return Library()
     except OSError as error:
         if wanted == "native":
             raise RecipeError(f"{VARIABLE}: the native library cannot be used: {error}") from error
         return f"the native library cannot be used: {error}"
+
+
+@cache
+def find_gpu_backend() -> Backend:
+    """What computes on CUDA devices: our library, else Triton, else plain torch.
+
+    Raises:
+        RecipeError: LLMQUANT_BACKEND asks for what does not exist.
+    """
+    wanted = _wanted()
+    if wanted == "reference":
+        return Backend("reference", f"{VARIABLE} asks for it")
+    tried = (wanted,) if wanted in GPU_BACKENDS else GPU_BACKENDS
+    reasons: list[str] = []
+    for name in tried:
+        try:
+            _check_devices()
+            library = CudaLibrary() if name == "cuda" else None
+            if name == "triton" and find_spec("triton") is None:
+                raise OSError("Triton is not installed")
+            asked = f"{VARIABLE} asks for it" if wanted == name else CUDA_LIBRARY.name
+            return Backend(name, "; ".join(reasons) or asked, library)
+        except OSError as error:
+            reasons.append(f"{name} cannot be used: {error}")
+    if wanted in GPU_BACKENDS:
+        raise RecipeError(f"{VARIABLE}: {reasons[0]}")
+    return Backend("reference", "; ".join(reasons))
+
+
+def _check_devices() -> None:
+    if not torch.cuda.is_available():
+        raise OSError(f"torch {torch.__version__} sees no CUDA device")
+    if torch.version.cuda is None:
+        raise OSError("this torch is built for other GPUs than NVIDIA's")
+    if (found := min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))) < OLDEST:
+        raise OSError(f"a GPU has compute capability {found[0]}.{found[1]}; {OLDEST[0]}.{OLDEST[1]} is needed")
+
+
+def _wanted() -> str:
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", *BACKENDS):
+        raise RecipeError(f"{VARIABLE}: {wanted!r} is no backend; use {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
+    return wanted
 
 
 def active_backend() -> str:
@@ -71,3 +155,9 @@ def describe_backend() -> str:
     """One sentence: what computes on the CPU, and why."""
     library = find_library()
     return f"reference ({library})" if isinstance(library, str) else f"native ({library})"
+
+
+def describe_gpu_backend() -> str:
+    """One sentence: what computes on CUDA devices, and why."""
+    backend = find_gpu_backend()
+    return f"{backend.name} ({backend.why})"

@@ -44,6 +44,14 @@ def test_verify_and_inspect(packed: Path) -> None:
     assert facts["layers"] == 2
 
 
+def test_inspect_of_the_machine() -> None:
+    facts = json.loads(llmquant("inspect", "--runtime", "--json").stdout)
+    assert facts["cpu"].startswith(("native (", "reference ("))
+    assert facts["cuda"].startswith(("cuda (", "triton (", "reference ("))
+    assert facts["cpu"] in " ".join(llmquant("inspect", "--runtime").stdout.split())
+    assert llmquant("inspect").returncode == 2
+
+
 def test_inspect_of_an_original_tells_what_a_run_would_cost(tiny_checkpoint: Path) -> None:
     facts = json.loads(llmquant("inspect", tiny_checkpoint, "--json").stdout)
     assert facts["quantization"] is None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmquant import native
 from llmquant.errors import RecipeError
@@ -15,9 +16,11 @@ from llmquant.errors import RecipeError
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
     """Let a test choose a backend, and the next one choose again."""
-    native.find_library.cache_clear()
+    for find in (native.find_library, native.find_gpu_backend):
+        find.cache_clear()
     yield
-    native.find_library.cache_clear()
+    for find in (native.find_library, native.find_gpu_backend):
+        find.cache_clear()
 
 
 def test_the_native_library_is_taken_where_it_is(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +78,60 @@ def test_a_file_that_is_no_library_is_a_reason_not_a_crash(
 
 def test_an_unknown_backend_is_refused_when_it_is_used_not_at_import() -> None:
     code = "from llmquant import native; print('imported'); native.active_backend()"
-    environment = os.environ | {native.VARIABLE: "cuda"}
+    environment = os.environ | {native.VARIABLE: "opencl"}
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert child.stdout == "imported\n"
-    assert "RecipeError: LLMQUANT_BACKEND: 'cuda' is no backend; use native or reference" in child.stderr
+    assert "LLMQUANT_BACKEND: 'opencl' is no backend; use native, cuda, triton or reference" in child.stderr
+
+
+# ---- on GPUs
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@NO_GPU
+@pytest.mark.parametrize("name", native.GPU_BACKENDS)
+def test_a_gpu_backend_without_a_gpu_is_refused(name: str, fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, too: who asked for it would otherwise not know that it does not compute."""
+    monkeypatch.setenv(native.VARIABLE, name)
+    with pytest.raises(RecipeError, match=f"LLMQUANT_BACKEND: {name} cannot be used: torch .* sees no CUDA device"):
+        native.active_backend()
+
+
+@NO_GPU
+def test_what_a_gpu_would_get_and_why(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    no = f"cannot be used: torch {torch.__version__} sees no CUDA device"
+    assert native.describe_gpu_backend() == f"reference (cuda {no}; triton {no})"
+
+
+def devices(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """As if torch saw GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+
+
+def test_triton_takes_the_place_of_a_library_that_is_not_there(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    devices(monkeypatch, (9, 0))
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / "llmquant_cuda.so")
+    assert native.describe_gpu_backend() == (
+        f"triton (cuda cannot be used: there is no {native.CUDA_LIBRARY}; "
+        "install nvcc, then llmquant again with LLMQUANT_CUDA=1)"
+    )
+
+
+def test_a_gpu_that_is_too_old_gets_plain_torch(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices(monkeypatch, (9, 0), (7, 5))
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    assert native.find_gpu_backend().name == "reference"
+    assert "compute capability 7.5; 8.0 is needed" in native.describe_gpu_backend()
+    monkeypatch.setenv(native.VARIABLE, "triton")
+    native.find_gpu_backend.cache_clear()
+    with pytest.raises(RecipeError, match=r"triton cannot be used: a GPU has compute capability 7\.5"):
+        native.find_gpu_backend()

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from llmquant.kernels.layout import KINDS, Panels
+from llmquant.kernels.layout import KINDS, Packed
 from llmquant.native import Library
 from llmquant.scheme import Scheme
 
@@ -24,7 +24,7 @@ class Task(ctypes.Structure):
 
 
 def weight_fields(
-    panels: Panels, bias: Tensor | None, m: int, n: int, scheme: Scheme, planes: int
+    panels: Packed, bias: Tensor | None, m: int, n: int, scheme: Scheme, planes: int
 ) -> dict[str, int | None]:
     """What a `Task` says of a weight [m, n]; it does not keep the tensors alive."""
     return {
@@ -72,7 +72,7 @@ class Native:
         self._functions = library.functions
 
     def linear(
-        self, x: Tensor, panels: Panels, bias: Tensor | None, m: int, scheme: Scheme, planes: int = 2, level: int = 0
+        self, x: Tensor, panels: Packed, bias: Tensor | None, m: int, scheme: Scheme, planes: int = 2, level: int = 0
     ) -> Tensor:
         """As `reference.linear`, in products of integers; each weight is unpacked in registers.
 

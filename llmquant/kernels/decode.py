@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmquant.kernels.cpu import Task, weight_fields
-from llmquant.kernels.layout import KINDS, Panels
+from llmquant.kernels.layout import KINDS, Packed
 from llmquant.native import Library
 from llmquant.scheme import Scheme
 
@@ -20,7 +20,7 @@ HEAD_MULTIPLE = 16  # the width of a head is one of it
 class Weight:
     """A packed linear [m, n], and the planes of integers that its input becomes."""
 
-    panels: Panels
+    panels: Packed
     bias: Tensor | None
     m: int
     n: int

@@ -1,8 +1,8 @@
 """`torch.ops.llmquant`: `w4_linear`, the product with a packed weight; `dense`, that with a plain one, for few tokens;
 and `attention`, which is causal.
 
-The native library serves the CPU where it was built: bound to torch by csrc/torch, or called from here where that part
-was not built. Everything else is the reference.
+On the CPU the native library serves, where it was built: bound to torch by csrc/torch, or called from here where that
+part was not built. On GPUs `w4_linear` is computed by `kernels.backends`. Everything else is the reference.
 """
 
 from contextlib import suppress
@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from llmquant.errors import RecipeError
 from llmquant.kernels import reference
+from llmquant.kernels.backends import kernels_for
 from llmquant.kernels.cpu import PLANES, Native
-from llmquant.kernels.layout import CHUNK, KINDS, PANEL, Panels
+from llmquant.kernels.layout import KINDS, Packed
 from llmquant.native import BINDING, Library, find_library
 from llmquant.scheme import Scheme
 
@@ -39,12 +40,12 @@ def _w4_linear(
     group_size: int,
     planes: int,
 ) -> Tensor:
-    scheme, panels = Scheme(bits, group_size, zeros is None), Panels(codes, scales, zeros)
-    _check(x, panels, bias, rows, scheme, planes)
+    scheme, packed = Scheme(bits, group_size, zeros is None), Packed(codes, scales, zeros)
+    _check(x, packed, bias, rows, scheme, planes)
     library = find_library()
     if isinstance(library, Library) and x.device.type == "cpu":
-        return Native(library).linear(x.contiguous(), panels, bias, rows, scheme, planes)
-    return reference.linear(x, panels, bias, rows, scheme)
+        return Native(library).linear(x.contiguous(), packed, bias, rows, scheme, planes)
+    return kernels_for(x.device.type, bits).linear(x.contiguous(), packed, bias, rows, scheme)
 
 
 @torch.library.register_fake("llmquant::w4_linear")
@@ -59,7 +60,7 @@ def _w4_linear_fake(
     group_size: int,
     planes: int,
 ) -> Tensor:
-    _check(x, Panels(codes, scales, zeros), bias, rows, Scheme(bits, group_size, zeros is None), planes)
+    _check(x, Packed(codes, scales, zeros), bias, rows, Scheme(bits, group_size, zeros is None), planes)
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -101,19 +102,17 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
-def _check(x: Tensor, panels: Panels, bias: Tensor | None, m: int, scheme: Scheme, planes: int) -> None:
+def _check(x: Tensor, packed: Packed, bias: Tensor | None, m: int, scheme: Scheme, planes: int) -> None:
     """Native code trusts the sizes that it is given: this is where they are checked."""
-    n, count = x.shape[-1], -(-m // PANEL)
-    steps = -(-n // CHUNK) * CHUNK * scheme.bits // 32
-    grid = (count, scheme.groups(n), PANEL)
-    codes, scales, zeros = panels
-    _expect("x", x.contiguous(), x.shape, KINDS)
-    _expect("codes", codes, (count, steps, PANEL, 4), (torch.uint8,))
-    _expect("scales", scales, grid, KINDS)
+    sizes = kernels_for(x.device.type, scheme.bits).shapes(m, x.shape[-1], scheme)
+    codes, scales, zeros = packed
+    _expect("x", x.contiguous(), x.shape, KINDS, x.device)
+    _expect("codes", codes, sizes[0], (torch.uint8,), x.device)
+    _expect("scales", scales, sizes[1], KINDS, x.device)
     if zeros is not None:
-        _expect("zeros", zeros, grid, (torch.uint8,))
+        _expect("zeros", zeros, sizes[2], (torch.uint8,), x.device)
     if bias is not None:
-        _expect("bias", bias, (m,), KINDS)
+        _expect("bias", bias, (m,), KINDS, x.device)
     if planes not in PLANES.values():
         raise RuntimeError(f"w4_linear: planes is {planes}; use 1 or 2")
 
@@ -130,11 +129,14 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         raise RuntimeError(f"attention: scale is {scale}; it has to be positive")
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes or not tensor.is_contiguous():
-        found = f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}"
-        wanted = " or ".join(map(str, dtypes))
-        raise RuntimeError(f"w4_linear: {name} is {found}; expected contiguous {wanted} {tuple(shape)}")
+def _expect(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    right = tuple(tensor.shape) == tuple(shape) and tensor.dtype in dtypes and tensor.is_contiguous()
+    if not right or tensor.device != device:
+        found = f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+        wanted = f"{' or '.join(map(str, dtypes))} {tuple(shape)}"
+        raise RuntimeError(f"w4_linear: {name} is {found}; expected contiguous {wanted} on {device}")
 
 
 def _bind() -> None:

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmquant.kernels.layout import Panels, unpack
+from llmquant.kernels.layout import Packed, unpack
 from llmquant.scheme import Scheme, dequantize
 
 
-def linear(x: Tensor, panels: Panels, bias: Tensor | None, m: int, scheme: Scheme) -> Tensor:
+def linear(x: Tensor, panels: Packed, bias: Tensor | None, m: int, scheme: Scheme) -> Tensor:
     """x [..., n] times the packed weight, plus bias [m]: [..., m] in the dtype of x, computed in fp32.
 
     y = x @ W.T + bias,    W[m, n] = scales[m, n // g] * (codes[m, n] - zeros[m, n // g])

@@ -5,16 +5,15 @@ group is applied to the fp32 sum over the group: so a weight is never rounded. S
 a product that is split along the columns leaves fp32 parts, which a second kernel adds from the first to the last.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmquant.kernels.layout import CHUNK, exact_dtype
-from llmquant.kernels.tuning import Config, choose
+from llmquant.kernels import slabs
+from llmquant.kernels.layout import CHUNK, Packed, exact_dtype
+from llmquant.kernels.tuning import Config, choose, most_tokens
 from llmquant.scheme import Quantized, Scheme
 
 ROWS = 128  # out features are filled up to a multiple of it, so that no tile of them needs bounds
@@ -24,31 +23,27 @@ FILLED = 32  # rows of one program that dequantizes
 FUSED = True  # a multiplication and an addition in one rounding
 
 
-class Halves(NamedTuple):
-    """A weight as it stands on the GPU: m' = ceil(m / 128) * 128 rows, and n' columns, which are whole steps.
-
-    With 4 bits, byte 16 c + j of a row holds the codes of columns 32 c + j (low nibble) and 32 c + 16 + j (high): two
-    halves of a step that meet two halves of the activations, and no code has to change its place.
-    """
-
-    codes: Tensor  # uint8 [m', n' / 2], or [m', n'] with 8 bits
-    scales: Tensor  # one of layout.KINDS [G, m']
-    zeros: Tensor | None  # uint8 [G, m']; None for the midpoint everywhere
-
-
 def step_of(scheme: Scheme) -> int:
     """Columns that are multiplied before their scale is applied."""
     return WHOLE if scheme.group_size == -1 else scheme.group_size
 
 
-def shapes(m: int, n: int, scheme: Scheme) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of codes, and of scales and zeros."""
+def shapes(m: int, n: int, scheme: Scheme) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of the codes, the scales and the zeros."""
     rows, step = -(-m // ROWS) * ROWS, step_of(scheme)
-    return (rows, -(-n // step) * step * scheme.bits // 8), (scheme.groups(n), rows)
+    grid = scheme.groups(n), rows
+    return (rows, -(-n // step) * step * scheme.bits // 8), grid, grid
 
 
-def pack(q: Quantized, scheme: Scheme) -> Halves:
-    """A quantized weight [m, n] of 4 or 8 bits."""
+def pack(q: Quantized, scheme: Scheme) -> Packed:
+    """A quantized weight [m, n] of 4 or 8 bits, filled up to m' rows and to whole steps, n' columns.
+
+    codes: uint8 [m', n' / 2]. Byte 16 c + j of a row holds the codes of columns 32 c + j (low nibble) and 32 c + 16 + j
+        (high): two halves that meet two halves of the activations, and no code has to change its place. With 8 bits
+        [m', n'], in their order.
+    scales: one of layout.KINDS [G, m'].
+    zeros: uint8 [G, m'].
+    """
     m, n = q.codes.shape
     below = -m % ROWS
     codes = F.pad(q.codes, (0, -n % step_of(scheme), 0, below))
@@ -57,22 +52,22 @@ def pack(q: Quantized, scheme: Scheme) -> Halves:
         codes = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
     held = q.scales.to(exact_dtype(q.scales))
     scales, zeros = (F.pad(grid, (0, 0, 0, below)).T.contiguous() for grid in (held, q.zeros))
-    return Halves(codes, scales, None if scheme.symmetric else zeros)
+    return Packed(codes, scales, None if scheme.symmetric else zeros)
 
 
-def unpack(halves: Halves, m: int, n: int, scheme: Scheme) -> Quantized:
+def unpack(packed: Packed, m: int, n: int, scheme: Scheme) -> Quantized:
     """The inverse of `pack`."""
-    codes = halves.codes
+    codes = packed.codes
     if scheme.bits == 4:
         bytes_ = codes.view(len(codes), -1, CHUNK // 2)
         codes = torch.stack((bytes_ & 15, bytes_ >> 4), 2).flatten(1)
-    scales = halves.scales.T[:m].float().contiguous()
-    zeros = torch.full_like(scales, scheme.midpoint) if halves.zeros is None else halves.zeros.T[:m]
+    scales = packed.scales.T[:m].float().contiguous()
+    zeros = torch.full_like(scales, scheme.midpoint) if packed.zeros is None else packed.zeros.T[:m]
     return Quantized(codes[:m, :n].contiguous(), scales, zeros.to(torch.uint8).contiguous())
 
 
 def linear(
-    x: Tensor, halves: Halves, bias: Tensor | None, m: int, scheme: Scheme, config: Config | None = None
+    x: Tensor, packed: Packed, bias: Tensor | None, m: int, scheme: Scheme, config: Config | None = None
 ) -> Tensor:
     """As `reference.linear`: x [..., n], contiguous, of one of layout.KINDS, to [..., m] of the same."""
     n = x.shape[-1]
@@ -80,19 +75,27 @@ def linear(
     y = x.new_empty(*x.shape[:-1], m)
     if tokens == 0:
         return y
+    if config is None and tokens > most_tokens(x.device):
+        slabs.multiply(
+            x.view(-1, n),
+            lambda first, count: dequantize(packed, first, count, n, scheme, x.dtype),
+            bias,
+            y.view(-1, m),
+        )
+        return y
     tile, at_once, split, warps, stages = config or choose(x.device, m, n, tokens, step_of(scheme))
     whole = split == 1
     parts = y if whole else x.new_empty(split, tokens, m, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _linear[(-(-m // tile), -(-tokens // at_once), split)](
             x,
-            *halves,
+            *packed,
             bias if whole else None,
             parts,
             tokens,
             m,
             n,
-            halves.codes.shape[0],
+            packed.codes.shape[0],
             **_constants(n, scheme),
             TILE=tile,
             TOKENS=at_once,
@@ -108,13 +111,13 @@ def linear(
     return y
 
 
-def dequantize(halves: Halves, first: int, count: int, n: int, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+def dequantize(packed: Packed, first: int, count: int, n: int, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """Rows `first` to `first + count` of the real weight: [count, n], rounded to `dtype`."""
-    weight = torch.empty(count, n, dtype=dtype, device=halves.codes.device)
+    weight = torch.empty(count, n, dtype=dtype, device=packed.codes.device)
     constants = _constants(n, scheme)
     with torch.cuda.device_of(weight):
         _dequantize[(-(-count // FILLED), -(-n // constants["STEP"]))](
-            *halves, weight, first, count, n, halves.codes.shape[0], **constants, TILE=FILLED, enable_fp_fusion=FUSED
+            *packed, weight, first, count, n, packed.codes.shape[0], **constants, TILE=FILLED, enable_fp_fusion=FUSED
         )
     return weight
 

@@ -40,6 +40,11 @@ class Tile(NamedTuple):
 # For up to so many tokens. Not measured yet: tiles that fill registers without spilling, by the compiler's count.
 DEFAULTS = {16: Tile(64, 16, 4, 4), 32: Tile(64, 32, 4, 4), 64: Tile(64, 64, 4, 4), 1 << 62: Tile(128, 64, 8, 3)}
 
+# For more tokens than so many, by the major compute capability, torch multiplies a dequantized weight. Not measured
+# yet: where it would pass a fused kernel that has two thirds of torch's speed, by the bytes that it moves.
+MOST_TOKENS = {8: 256, 9: 512}
+MOST_ELSEWHERE = 256
+
 # What `tune` tries.
 CANDIDATES = tuple(
     Config(rows, tokens, split, warps, stages)
@@ -63,6 +68,13 @@ def default(m: int, n: int, tokens: int, step: int, processors: int) -> Config:
     while split < MOST_SPLITS and programs * split < WAVES * processors and steps >= 2 * split * FEWEST_STEPS:
         split *= 2
     return Config(tile.rows, tile.tokens, split, tile.warps, tile.stages)
+
+
+def most_tokens(device: torch.device) -> int:
+    """For which a kernel of its own is to be faster than dequantizing."""
+    if device.type != "cuda":
+        return MOST_ELSEWHERE
+    return MOST_TOKENS.get(torch.cuda.get_device_capability(device)[0], MOST_ELSEWHERE)
 
 
 def key(m: int, n: int, tokens: int, step: int) -> str:

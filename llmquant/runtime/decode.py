@@ -229,7 +229,7 @@ def _places(base: Any) -> Iterator[_Place]:
 
 def _weight(linear: QuantLinear) -> Weight:
     m, n, planes = linear.out_features, linear.in_features, PLANES[linear.precision]
-    return Weight(linear.panels, linear.bias, m, n, linear.scheme, planes)
+    return Weight(linear.packed, linear.bias, m, n, linear.scheme, planes)
 
 
 def use_decoder(model: PreTrainedModel) -> None:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from llmquant.formats import FORMATS, Format
 from llmquant.kernels import ops  # noqa: F401  (defines torch.ops.llmquant)
+from llmquant.kernels.backends import Kernels, kernels_for
 from llmquant.kernels.cpu import PLANES
-from llmquant.kernels.layout import Panels, pack, unpack
+from llmquant.kernels.layout import Packed
 from llmquant.scheme import Quantized, Scheme
 
 W4_LINEAR = torch.ops.llmquant.w4_linear.default
@@ -30,7 +31,7 @@ class QuantLinear(nn.Module):
     """y = x W^T + bias, with W [m, n] in integers; x [..., n] in bf16, fp16 or fp32 gives y [..., m] of the same.
 
     Attributes:
-        codes, scales, zeros: the weight as `kernels.layout.Panels`.
+        codes, scales, zeros: the weight, packed for the kernels of the device that it is on.
         order: int64 [n], the feature of x that each column of the codes multiplies; None where they are in place.
         bias: [m], or None.
         precision: of the activations on the CPU, "exact" or "int8"; see `kernels.cpu`.
@@ -49,7 +50,7 @@ class QuantLinear(nn.Module):
         m: int,
         n: int,
         scheme: Scheme,
-        panels: Panels,
+        panels: Packed,
         stored: Stored | None = None,
         order: Tensor | None = None,
     ) -> None:
@@ -76,13 +77,17 @@ class QuantLinear(nn.Module):
         """Pack a quantized weight. The kernels know 4 and 8 bits: 3-bit codes take the room of 4-bit ones here."""
         held = Scheme(4, scheme.group_size, symmetric=False) if scheme.bits == 3 else scheme
         m, n = q.codes.shape
-        linear = cls(m, n, held, pack(q, held), stored, order)
+        linear = cls(m, n, held, kernels_for(q.codes.device.type, held.bits).pack(q, held), stored, order)
         linear.bias = bias
         return linear
 
     @property
-    def panels(self) -> Panels:
-        return Panels(self.codes, self.scales, self.zeros)
+    def packed(self) -> Packed:
+        return Packed(self.codes, self.scales, self.zeros)
+
+    @property
+    def kernels(self) -> Kernels:
+        return kernels_for(self.codes.device.type, self.scheme.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         held = self._buffers  # not as attributes: a look into each of nn.Module's dictionaries costs a microsecond
@@ -95,7 +100,7 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        q = unpack(self.panels, self.out_features, self.in_features, self.scheme)
+        q = self.kernels.unpack(self.packed, self.out_features, self.in_features, self.scheme)
         layout, scheme, dtype = self.stored
         destination.update(layout.pack(prefix.removesuffix("."), q, scheme, dtype, self.order))
         if self.bias is not None:
@@ -106,16 +111,36 @@ class QuantLinear(nn.Module):
         m, n, name, layout = self.out_features, self.in_features, prefix.removesuffix("."), self.stored.format
         q = layout.unpack(name, state_dict, m, n, self.stored.scheme)
         self.order = layout.order(name, state_dict, n, self.stored.scheme)
-        for name, buffer in pack(q, self.scheme)._asdict().items():
-            self._buffers[name] = buffer
+        if self.codes.device.type != "meta":
+            q = Quantized(*(part.to(self.codes.device) for part in q))
+        self._hold(kernels_for(q.codes.device.type, self.scheme.bits).pack(q, self.scheme))
         QuantLinear.changes += 1
         if self.bias is not None:
             self.bias.data.copy_(state_dict[f"{prefix}bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        """Move as told, but keep the scales' precision: a cast of the model is meant for what flows through it."""
+        """Move as told, but keep the scales' precision: a cast of the model is meant for what flows through it.
+
+        Another device may want another layout: the GPU packs and unpacks, whether the weight goes there or comes.
+        """
+        before, after = self.codes.device.type, fn(self.codes.new_empty(0)).device.type
+        if before == "cuda" != after != "meta":
+            self._lay_out(before, after)
         scales = self.scales
         super()._apply(fn, recurse)
         self.scales = scales.to(self.scales.device)
+        if after == "cuda" != before != "meta":
+            self._lay_out(before, after)
         QuantLinear.changes += 1
         return self
+
+    def _lay_out(self, before: str, after: str) -> None:
+        """Pack the weight for the kernels of another type of device than those that it is packed for."""
+        old, new = (kernels_for(device, self.scheme.bits) for device in (before, after))
+        if old != new:
+            q = old.unpack(self.packed, self.out_features, self.in_features, self.scheme)
+            self._hold(new.pack(q, self.scheme))
+
+    def _hold(self, packed: Packed) -> None:
+        for name, buffer in packed._asdict().items():
+            self._buffers[name] = buffer

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmquant.kernels.layout import Panels, pack
+from llmquant.kernels.layout import Packed, pack
 from llmquant.scheme import Quantized, Scheme
 
 SCHEMES = [Scheme(bits, g, sym) for bits in (4, 8) for g in (32, 128, -1) for sym in (True, False)]
@@ -15,7 +15,7 @@ class Weight(NamedTuple):
     """What a kernel is given, and what it stands for."""
 
     scheme: Scheme
-    panels: Panels
+    panels: Packed
     q: Quantized
     real: Tensor  # float64 [m, n]
 

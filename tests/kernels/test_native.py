@@ -199,7 +199,7 @@ GUARDED = """
 import ctypes, mmap, sys
 import torch
 from llmquant.kernels.cpu import Native
-from llmquant.kernels.layout import Panels
+from llmquant.kernels.layout import Packed
 from llmquant.native import Library
 from llmquant.scheme import Scheme
 
@@ -215,7 +215,7 @@ for bits in (4, 8):
         steps = -(-n // 32) * bits
         size = 2 * steps * 64
         codes = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=page - size).view(2, steps, 16, 4)
-        panels = Panels(codes, torch.ones(2, 1, 16, dtype=torch.bfloat16), None)
+        panels = Packed(codes, torch.ones(2, 1, 16, dtype=torch.bfloat16), None)
         assert libc.mprotect(address + page, page, 0) == 0
         for level in range(len(library.levels)):
             for planes in (1, 2):

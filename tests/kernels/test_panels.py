@@ -1,4 +1,4 @@
-"""Panels: the same weight comes back, and every number stands where csrc/cpu/linear.h says."""
+"""Packed: the same weight comes back, and every number stands where csrc/cpu/linear.h says."""
 
 import pytest
 import torch

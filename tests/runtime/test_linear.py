@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from llmquant.kernels.backends import PANELS, Kernels
 from llmquant.kernels.layout import unpack
+from llmquant.runtime import linear as module
 from llmquant.runtime.linear import QuantLinear
 from llmquant.scheme import Quantized, Scheme, dequantize
 
@@ -44,9 +46,26 @@ def test_a_cast_of_the_model_leaves_the_scales_alone() -> None:
     q = quantized(scheme)
     model = nn.Sequential(QuantLinear.from_quantized(q, scheme, nn.Parameter(torch.ones(12)))).half()
     linear = model[0]
-    assert torch.equal(unpack(linear.panels, 12, 64, scheme).scales, q.scales)
+    assert torch.equal(unpack(linear.packed, 12, 64, scheme).scales, q.scales)
     assert linear.bias.dtype == torch.float16
     assert model(torch.ones(1, 64, dtype=torch.float16)).dtype == torch.float16
+
+
+def test_another_device_may_want_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What moving to a GPU does, in the memory of the CPU; see tests/kernels/test_gpu_linear.py for the real one."""
+    triton = pytest.importorskip("llmquant.kernels.triton", reason="needs Triton", exc_type=ImportError)
+    gpu = Kernels(triton.shapes, triton.pack, triton.unpack, triton.linear)
+    monkeypatch.setattr(module, "kernels_for", lambda device, _: gpu if device == "cuda" else PANELS)
+    scheme = Scheme(4, 32, symmetric=False)
+    linear = QuantLinear.from_quantized(quantized(scheme), scheme)
+    before = linear.state_dict()
+    linear._lay_out("cpu", "cuda")
+    sizes = [tuple(buffer.shape) for buffer in linear.packed if buffer is not None]
+    assert sizes == [*triton.shapes(12, 64, scheme)]
+    linear._lay_out("cuda", "cpu")
+    after = linear.state_dict()
+    assert list(before) == list(after)
+    assert all(map(torch.equal, before.values(), after.values()))
 
 
 def test_state_dict_round_trip() -> None:

@@ -56,7 +56,7 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
 
 
 def real_weight(linear: QuantLinear) -> Tensor:
-    q = unpack(linear.panels, linear.out_features, linear.in_features, linear.scheme)
+    q = unpack(linear.packed, linear.out_features, linear.in_features, linear.scheme)
     return dequantize(q, linear.scheme)
 
 
