@@ -54,8 +54,9 @@ def shapes(m: int, n: int, scheme: Scheme) -> tuple[tuple[int, ...], tuple[int, 
     sizes = (ctypes.c_int64 * 3)()
     weight = _Weight(rows=m, columns=n, group=scheme.width(n), scale_kind=0)
     _library().call("sizes", ctypes.byref(weight), sizes)
-    tiles, groups = -(-m // TILE), scheme.groups(n)
-    return (tiles, sizes[0] // (tiles * 512), 512), (tiles, groups, TILE), (tiles, groups, TILE // 2)
+    groups = scheme.groups(n)
+    tiles = sizes[1] // (2 * groups * TILE)
+    return (tiles, sizes[0] // (512 * tiles), 512), (tiles, groups, TILE), (tiles, groups, TILE // 2)
 
 
 def pack(q: Quantized, scheme: Scheme) -> Packed:
