@@ -7,6 +7,7 @@ import torch
 from kernel_cases import SCHEMES, Weight, relative_error
 from kernel_cases import weight as make
 from torch import Tensor
+from triton_cases import DEVICE
 
 from llmquant.kernels import reference
 from llmquant.kernels.tuning import Config
@@ -21,8 +22,8 @@ SHAPES = [(1, 1, 1), (129, 200, 17), (16, 33, 33)]  # out features, in features,
 weight = cache(make)
 
 
-def on(device: str, w: Weight) -> "triton.Packed":
-    return triton.Packed(*(part if part is None else part.to(device) for part in triton.pack(w.q, w.scheme)))
+def on_device(w: Weight) -> "triton.Packed":
+    return triton.Packed(*(part if part is None else part.to(DEVICE) for part in triton.pack(w.q, w.scheme)))
 
 
 def rows(tokens: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,43 +46,41 @@ def test_the_weight_comes_back(scheme: Scheme, shape: tuple[int, int, int]) -> N
     [(scheme, (70, 150, 5)) for scheme in SCHEMES] + [(Scheme(4, 64, symmetric=False), shape) for shape in SHAPES],
     ids=str,
 )
-def test_it_is_as_exact_as_its_output(
-    scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, device: str
-) -> None:
+def test_it_is_as_exact_as_its_output(scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, n, tokens = shape
     w, x, bias = weight(scheme, m, n), rows(tokens, n, dtype), torch.linspace(-1, 1, m).to(dtype)
-    y = triton.linear(x.to(device), on(device, w), bias.to(device), m, scheme, SMALL)
+    y = triton.linear(x.to(DEVICE), on_device(w), bias.to(DEVICE), m, scheme, SMALL)
     assert y.dtype == dtype
     assert relative_error(y.cpu(), x.double() @ w.real.T + bias.double()) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE, Config(128, 16, 4, 4, 2)], ids=str)
-def test_whole_numbers_are_exact(config: Config, device: str) -> None:
+def test_whole_numbers_are_exact(config: Config) -> None:
     """Every product and sum fits fp32, so any order of them gives the same bits."""
     w = weight(Scheme(4, 64, symmetric=False), 70, 700)
     x = rows(19, 700).mul(4).round()
-    y = triton.linear(x.to(device), on(device, w), None, 70, w.scheme, config)
+    y = triton.linear(x.to(DEVICE), on_device(w), None, 70, w.scheme, config)
     assert torch.equal(y.cpu().double(), x.double() @ w.real.T)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_one_activation_reads_one_column(scheme: Scheme, device: str) -> None:
+def test_one_activation_reads_one_column(scheme: Scheme) -> None:
     w = weight(scheme, 33, 70)
-    y = triton.linear(torch.eye(70, device=device), on(device, w), None, 33, scheme, WIDE)
+    y = triton.linear(torch.eye(70, device=DEVICE), on_device(w), None, 33, scheme, WIDE)
     assert torch.equal(y.cpu().double(), w.real.T)
 
 
 @pytest.mark.parametrize("split", [2, 3, 8])
-def test_parts_of_a_sum(split: int, device: str) -> None:
+def test_parts_of_a_sum(split: int) -> None:
     """More parts than steps, too; the bias is added once."""
     w, x, bias = weight(Scheme(4, 128), 40, 900), rows(3, 900), torch.arange(40.0)
-    y = triton.linear(x.to(device), on(device, w), bias.to(device), 40, w.scheme, Config(32, 16, split, 4, 3))
+    y = triton.linear(x.to(DEVICE), on_device(w), bias.to(DEVICE), 40, w.scheme, Config(32, 16, split, 4, 3))
     assert relative_error(y.cpu(), x.double() @ w.real.T + bias) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("split", [1, 4])
-def test_tokens_do_not_see_each_other(split: int, device: str) -> None:
-    w, x = on(device, weight(Scheme(4, 32), 48, 320)), rows(20, 320).to(device)
+def test_tokens_do_not_see_each_other(split: int) -> None:
+    w, x = on_device(weight(Scheme(4, 32), 48, 320)), rows(20, 320).to(DEVICE)
     before = triton.linear(x, w, None, 48, Scheme(4, 32), Config(32, 16, split, 4, 3))
     x[7], x[18:] = float("nan"), 1e4
     after = triton.linear(x, w, None, 48, Scheme(4, 32), Config(32, 16, split, 4, 3))
@@ -90,26 +89,26 @@ def test_tokens_do_not_see_each_other(split: int, device: str) -> None:
     assert after[7].isnan().all()
 
 
-def test_it_is_what_the_reference_is(device: str) -> None:
+def test_it_is_what_the_reference_is() -> None:
     w, x = weight(Scheme(4, 32, symmetric=False), 24, 96), rows(6, 96).view(2, 3, 96)
-    y = triton.linear(x.to(device), on(device, w), None, 24, w.scheme)
+    y = triton.linear(x.to(DEVICE), on_device(w), None, 24, w.scheme)
     assert y.shape == (2, 3, 24)
     torch.testing.assert_close(y.cpu(), reference.linear(x, w.panels, None, 24, w.scheme))
-    assert triton.linear(x[:, :0].to(device), on(device, w), None, 24, w.scheme).shape == (2, 0, 24)
+    assert triton.linear(x[:, :0].to(DEVICE), on_device(w), None, 24, w.scheme).shape == (2, 0, 24)
 
 
-def test_many_tokens_meet_dequantized_slabs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tokens_meet_dequantized_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "most_tokens", lambda _: 30)
     monkeypatch.setattr(triton.slabs, "SLAB", 0)
     w, x, bias = weight(Scheme(4, 32), 150, 70), rows(31, 70), torch.arange(150.0)
-    y = triton.linear(x.to(device), on(device, w), bias.to(device), 150, w.scheme)
+    y = triton.linear(x.to(DEVICE), on_device(w), bias.to(DEVICE), 150, w.scheme)
     assert relative_error(y.cpu(), x.double() @ w.real.T + bias) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_dequantized_rows(scheme: Scheme, device: str) -> None:
+def test_dequantized_rows(scheme: Scheme) -> None:
     w = weight(scheme, 150, 70)
-    packed = on(device, w)
+    packed = on_device(w)
     assert torch.equal(triton.dequantize(packed, 0, 150, 70, scheme, torch.float32).cpu().double(), w.real)
     some = triton.dequantize(packed, 128, 22, 70, scheme, torch.float16).cpu()
     assert torch.equal(some, w.real[128:].half())
