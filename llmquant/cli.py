@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 failed on its input or the machine (one line on stderr); 2
 gate did not hold; 128 + n stopped by signal n. With --json, stdout holds one JSON object and nothing else.
 """
 
-import json
 import signal
 import sys
 from enum import Enum
@@ -16,10 +15,11 @@ import typer
 
 from llmquant.bench.commands import app as bench_app
 from llmquant.convert import convert as run_conversion
-from llmquant.display import Display, console, results, show_plan, show_table
-from llmquant.errors import GateError, LlmquantError, RecipeError
-from llmquant.evaluate.run import evaluate as run_evaluation
+from llmquant.display import Display, console, print_json, results, show_plan, show_table
+from llmquant.errors import LlmquantError, RecipeError
+from llmquant.evaluate.commands import Json, evaluate
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
+from llmquant.options import parse_ranks, parse_size
 from llmquant.pipeline import Options, open_plan
 from llmquant.pipeline import quantize as run_quantize
 from llmquant.recipe import Recipe, read_yaml
@@ -34,8 +34,8 @@ app = typer.Typer(
 )
 
 app.add_typer(bench_app, name="bench")
+app.command(name="eval")(evaluate)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 
 
@@ -174,30 +174,6 @@ def inspect(
     print_json(facts) if as_json else show_table(facts)
 
 
-@app.command(name="eval")
-def evaluate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR")],
-    text_file: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="NAME[:CONFIG[:SPLIT]] of the Hub.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
-    baseline: Annotated[Path | None, typer.Option(help="The original checkpoint, for KL and agreement.")] = None,
-    max_increase: Annotated[str | None, typer.Option(help="Gate: perplexity over the baseline's, as in 5%.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure perplexity; against a baseline also KL divergence and top-1 agreement."""
-    bound = parse_percent(max_increase)
-    if bound is not None and baseline is None:
-        raise typer.BadParameter("--max-increase compares with --baseline DIR; give both")
-    result = run_evaluation(
-        directory, text_file=text_file, dataset=dataset, seq_len=seq_len, max_windows=max_windows, baseline=baseline
-    )
-    facts = result.to_dict()
-    print_json(facts) if as_json else show_table(facts)
-    if bound is not None:
-        check_gate(facts, bound)
-
-
 @app.command()
 def generate(
     directory: Annotated[Path, typer.Argument(metavar="DIR")],
@@ -241,41 +217,6 @@ def resolve_device(device: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
     return device
-
-
-def parse_size(text: str | None) -> int | None:
-    if text is None:
-        return None
-    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "B": 1}
-    number, unit = next(((text[: -len(u)], f) for u, f in units.items() if text.upper().endswith(u)), (text, 1))
-    try:
-        return int(float(number) * unit)
-    except ValueError as error:
-        raise typer.BadParameter(f"--max-memory {text}: write a number and a unit, as in 16GB") from error
-
-
-def parse_ranks(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--tensor-parallel {text}: write numbers of ranks, as in 1,2,4,8") from error
-
-
-def parse_percent(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text.removesuffix("%")) / 100
-    except ValueError as error:
-        raise typer.BadParameter(f"--max-increase {text}: write a percentage, as in 5%") from error
-
-
-def check_gate(facts: dict[str, Any], bound: float) -> None:
-    increase = facts["perplexity"] / facts["baseline_perplexity"] - 1
-    if increase > bound:
-        raise GateError(f"--max-increase: perplexity rose by {increase:.2%}, allowed is {bound:.2%}")
-
-
-def print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 class Stopped(BaseException):

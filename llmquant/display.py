@@ -1,5 +1,7 @@
 """What a person sees while and after a run. Progress goes to stderr, tables too: stdout is for results."""
 
+import json
+import sys
 from typing import Any
 
 import psutil
@@ -93,6 +95,10 @@ def show_table(rows: dict[str, Any]) -> None:
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", str(value))
     results.print(table)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _memory() -> str:

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmquant.errors import LlmquantError
-from llmquant.evaluate.perplexity import windows
-from llmquant.evaluate.text import read_text
-from llmquant.model.tokenizer import load_tokenizer
+from llmquant.evaluate.protocol import Request
+from llmquant.evaluate.run import cut_for
+from llmquant.evaluate.text import read_file
 from llmquant.native import describe_backend
 from llmquant.pipeline import Options, quantize
 from llmquant.recipe import Recipe
@@ -108,6 +108,12 @@ def each_method(section: str, bits: int, symmetric: bool, count: int) -> Iterato
         scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
         for method in METHODS:
             yield Row(section, method, {"method": method, "scheme": scheme}, count)
+
+
+def first_windows(model: Path, path: Path, count: int) -> Tensor:
+    """Token ids [w, T]."""
+    text = cut_for(model, read_file(path), Request(seq_len=SEQ_LEN, max_windows=count), torch.float32)
+    return torch.stack([window.ids for window in text.windows])
 
 
 class Reference:
@@ -279,11 +285,9 @@ def holds(result: dict[str, Any] | None, counts: dict[str, int]) -> bool:
 
 
 def read_references(model: Path, counts: dict[Path, int]) -> dict[str, Reference]:
-    tokenizer, original = load_tokenizer(model), load(model, torch.float32)
+    original = load(model, torch.float32)
     return {
-        path.name: Reference(original, windows(tokenizer, read_text(path, None).content, SEQ_LEN, count))
-        for path, count in counts.items()
-        if count
+        path.name: Reference(original, first_windows(model, path, count)) for path, count in counts.items() if count
     }
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import compared
 from safetensors.torch import load_file, save_file
 
 from llmquant import estimate
 from llmquant.calibration.crossing import Crossing
 from llmquant.errors import CalibrationError, NumericsError, OutputError, RecipeError, VerifyError
-from llmquant.evaluate.divergence import compare
-from llmquant.evaluate.perplexity import Protocol
 from llmquant.manifest import LOG, MANIFEST, is_sealed
 from llmquant.observer import Silent
 from llmquant.pipeline import Options, quantize
@@ -62,8 +61,7 @@ def test_every_family_end_to_end(
         assert r["rung"] in ("fp32", "none")  # none: where AWQ alone did best on what was held out
         assert 0 < r["error"] < 0.2, r
     ids = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(1))
-    protocol = Protocol("random", 48, 2, 94, False, "float32")
-    moved = compare(load(tmp_path / "out", torch.float32), load(model, torch.float32), ids, protocol).divergence
+    moved = compared(load(tmp_path / "out", torch.float32), load(model, torch.float32), ids).divergence
     assert 0 < moved.mean_kl < 0.1
 
 
@@ -72,11 +70,11 @@ def test_gptq_keeps_more_of_the_output_than_rounding(
 ) -> None:
     model = make_checkpoint(hidden=128, intermediate=256)
     ids = torch.randint(3, 512, (4, 48), generator=torch.Generator().manual_seed(1))
-    protocol, kl = Protocol("random", 48, 4, 188, False, "float32"), {}
+    kl = {}
     for method in ("rtn", "gptq"):
         quantize(model, tmp_path / method, recipe(calibration, method=method))
         original = load(model, torch.float32)
-        kl[method] = compare(load(tmp_path / method, torch.float32), original, ids, protocol).divergence.mean_kl
+        kl[method] = compared(load(tmp_path / method, torch.float32), original, ids).divergence.mean_kl
     assert kl["gptq"] < 0.9 * kl["rtn"]  # random text has few correlations to make use of
 
 
@@ -186,11 +184,11 @@ def test_scales_are_folded_and_what_is_loaded_is_what_was_solved(
     if arch == "llama":
         assert {"q_proj", "down_proj"} <= set(scaled)
     ids = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(1))
-    protocol, kl = Protocol("random", 48, 2, 94, False, "float32"), {}
+    kl = {}
     quantize(model, tmp_path / "rtn", recipe(calibration, method="rtn"))
     for name in ("out", "rtn"):
         loaded = load(tmp_path / name, torch.float32)
-        kl[name] = compare(loaded, load(model, torch.float32), ids, protocol).divergence.mean_kl
+        kl[name] = compared(loaded, load(model, torch.float32), ids).divergence.mean_kl
     assert kl["out"] < kl["rtn"]
 
 

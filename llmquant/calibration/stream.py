@@ -2,19 +2,31 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmquant.calibration.batches import Batch
 from llmquant.calibration.spool import Spool
 from llmquant.model.layout import Layer
-from llmquant.model.shell import Shell
+
+
+class Host(Protocol):
+    """The model whose layers a stream passes; a `Shell` is one."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def device(self) -> torch.device: ...
+    def part(self, prefix: str) -> list[str]: ...
+    def filled(self, names: list[str]) -> AbstractContextManager[None]: ...
 
 
 class Stream:
@@ -33,7 +45,7 @@ class Stream:
 
     def __init__(
         self,
-        shell: Shell,
+        shell: Host,
         layers: tuple[Layer, ...],
         batches: tuple[Batch, ...],
         *,

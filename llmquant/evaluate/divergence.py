@@ -1,4 +1,4 @@
-"""How far a model's predictions moved from a baseline's: KL divergence and top-1 agreement, position by position.
+"""How far a model's predictions moved from a baseline's: KL divergence and agreement, position by position.
 
 Perplexity can stay while answers change; the KL divergence of the next-token distributions cannot
 ("Accuracy is Not All You Need", arXiv 2407.09141).
@@ -9,20 +9,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from llmquant.evaluate.perplexity import Perplexity, Protocol, log_probs
+from llmquant.evaluate.perplexity import Perplexity, Predictor, log_probs
+from llmquant.evaluate.protocol import Cut, Window
+
+TOP = 10  # tokens whose overlap is counted
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(baseline || model) in nats over all predicted positions, and how often both prefer the same token."""
+    """KL(baseline || model) in nats over all predicted positions, and how much of what they prefer is the same."""
 
     mean_kl: float
     median_kl: float
     p99_kl: float
     max_kl: float
-    top1_agreement: float  # 0 .. 1
+    top1_agreement: float  # 0 .. 1: both prefer the same token
+    top10_overlap: float  # 0 .. 1: of the ten tokens that each prefers, the share that is in both
     positions: int
 
 
@@ -33,35 +36,50 @@ class Comparison:
     model: Perplexity
     baseline: Perplexity
     divergence: Divergence
+    kl: Tensor  # of each predicted token, fp32 [k]
+    same: Tensor  # bool [k]
 
 
-def compare(model: PreTrainedModel, baseline: PreTrainedModel, windows: Tensor, protocol: Protocol) -> Comparison:
-    """Both models on token ids `windows` [w, T]; logits of one window at a time are alive.
+def compare(model: Predictor, baseline: Predictor, text: Cut) -> Comparison:
+    """Both models on the same windows; logits of one window at a time are alive.
 
     Raises:
         NumericsError: a model gave NaN or Inf.
     """
-    measured = torch.stack([_positions(model, baseline, ids) for ids in windows])  # [w, 4, T - 1]
-    nll, baseline_nll, kl, same = measured.unbind(1)
+    read = [window.read for window in text.windows]
+    both = zip(text.windows, model.logits(read), baseline.logits(read), strict=True)
+    names = model.name, baseline.name
+    measured = torch.cat([_positions(window, logits, others, names) for window, logits, others in both], dim=1)
+    nll, baseline_nll, kl, same, overlap = measured
     return Comparison(
-        model=Perplexity.of(nll.mean(1).tolist(), protocol),
-        baseline=Perplexity.of(baseline_nll.mean(1).tolist(), protocol),
-        divergence=_summary(kl.flatten(), same.flatten()),
+        model=Perplexity.of(nll, text.protocol),
+        baseline=Perplexity.of(baseline_nll, text.protocol),
+        divergence=_summary(kl, same, overlap),
+        kl=kl.float(),
+        same=same.bool(),
     )
 
 
-def _positions(model: PreTrainedModel, baseline: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Of one window: both negative log-likelihoods, KL and agreement at every position, float64 [4, T - 1]."""
+def _positions(window: Window, logits: Tensor, others: Tensor, names: tuple[str, str]) -> Tensor:
+    """Of a window's predicted tokens: both negative log-likelihoods, KL, agreement and overlap, float64 [5, k]."""
     pieces = []
-    for (after, logq), (_, logp) in zip(log_probs(model, ids), log_probs(baseline, ids), strict=True):
+    model, baseline = log_probs(logits, window, names[0]), log_probs(others, window, names[1])
+    for (after, logq), (_, logp) in zip(model, baseline, strict=True):
         kl = (logp.exp() * (logp - logq)).sum(-1).clamp_min(0)  # below 0 only by rounding
         same = (logq.argmax(-1) == logp.argmax(-1)).double()
         nll, baseline_nll = (-each.gather(1, after).squeeze(1) for each in (logq, logp))
-        pieces.append(torch.stack([nll, baseline_nll, kl, same]).cpu())
+        pieces.append(torch.stack([nll, baseline_nll, kl, same, _overlap(logq, logp)]).cpu())
     return torch.cat(pieces, dim=1)
 
 
-def _summary(kl: Tensor, same: Tensor) -> Divergence:
+def _overlap(logq: Tensor, logp: Tensor) -> Tensor:
+    """The share of the most likely tokens that both have in common, [r]."""
+    k = min(TOP, logp.shape[-1])
+    mine, theirs = (each.topk(k, sorted=False).indices for each in (logq, logp))
+    return (mine[:, :, None] == theirs[:, None, :]).sum((1, 2)).double() / k
+
+
+def _summary(kl: Tensor, same: Tensor, overlap: Tensor) -> Divergence:
     """Quantiles are by nearest rank."""
     ordered = kl.sort().values
 
@@ -74,5 +92,6 @@ def _summary(kl: Tensor, same: Tensor) -> Divergence:
         p99_kl=quantile(0.99),
         max_kl=quantile(1.0),
         top1_agreement=float(same.mean()),
+        top10_overlap=float(overlap.mean()),
         positions=len(kl),
     )

@@ -1,19 +1,21 @@
 """`llmquant eval`: a finished directory on a text, alone or beside the checkpoint that it was made from."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmquant.errors import CheckpointError, RecipeError
-from llmquant.evaluate.divergence import Divergence, compare
-from llmquant.evaluate.perplexity import Perplexity, Protocol, perplexity, windows
-from llmquant.evaluate.text import read_text
+from llmquant.evaluate.bootstrap import METHOD, Interval, intervals
+from llmquant.evaluate.divergence import Comparison, Divergence, compare
+from llmquant.evaluate.fit import check_tokenizers, open_models
+from llmquant.evaluate.perplexity import Perplexity, perplexity
+from llmquant.evaluate.protocol import Cut, Request, cut
+from llmquant.evaluate.text import Source, Text
+from llmquant.memory import return_large_blocks
 from llmquant.model.tokenizer import load_tokenizer
-from llmquant.runtime.loader import load
+
+WINDOWS = Request()
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,22 @@ class Evaluation:
     perplexity: Perplexity
     baseline: Perplexity | None = None
     divergence: Divergence | None = None
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+    @property
+    def increase(self) -> float | None:
+        """Of the perplexity over the baseline's, a fraction."""
+        return None if self.baseline is None else self.perplexity.value / self.baseline.value - 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat: directory, perplexity, protocol; with a baseline also its perplexity and the divergence from it."""
+        """Flat but for the intervals; with a baseline also its perplexity and the divergence from it."""
         facts: dict[str, Any] = {"directory": self.directory, "perplexity": self.perplexity.value}
         if self.baseline and self.divergence:
-            facts |= {"baseline_perplexity": self.baseline.value, **asdict(self.divergence)}
-        return facts | {"protocol": str(self.perplexity.protocol)}
+            facts |= {"baseline_perplexity": self.baseline.value, "increase": self.increase}
+            facts |= asdict(self.divergence)
+        ends = {name: list(interval) for name, interval in self.intervals.items()}
+        how = {"interval": METHOD} if ends else {}
+        return facts | how | {"intervals": ends, "protocol": str(self.perplexity.protocol)}
 
 
 def evaluate(
@@ -38,49 +49,56 @@ def evaluate(
     *,
     text_file: Path | None = None,
     dataset: str | None = None,
-    seq_len: int = 2048,
-    max_windows: int | None = None,
+    request: Request = WINDOWS,
     baseline: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    max_memory: int | None = None,
 ) -> Evaluation:
-    """Perplexity of `directory` on a text file or a data set; with `baseline` also KL and top-1 agreement.
+    """Perplexity of `directory` on a text file or a data set; with `baseline` also KL, agreement and overlap.
+
+    Models that do not fit into memory, or into `max_memory` bytes, pass the windows layer by layer; the numbers are
+    the same.
 
     Raises:
         CheckpointError: a directory cannot be loaded, or the two do not share a tokenizer.
         RecipeError: no text, an unreadable one, or windows that do not fit the model.
         NumericsError: a model gave NaN or Inf.
     """
-    text = read_text(text_file, dataset)
-    tokenizer = load_tokenizer(directory)
-    ids = windows(tokenizer, text.content, seq_len, max_windows)
-    if baseline is not None:
-        check_tokenizers(directory, tokenizer, baseline, text.content)
-    model = load(directory, dtype)
-    check_fit(directory, model, ids)
-    bos = tokenizer.bos_token_id is not None and int(ids[0, 0]) == tokenizer.bos_token_id
-    protocol = Protocol(str(text), ids.shape[1], len(ids), ids[:, 1:].numel(), bos, str(dtype).removeprefix("torch."))
+    return_large_blocks()
+    text = Source(text_file, dataset).read()
+    windows = cut_for(directory, text, request, dtype)
     if baseline is None:
-        return Evaluation(str(directory), perplexity(model, ids, protocol))
-    reference = load(baseline, dtype)
-    check_fit(baseline, reference, ids)
-    both = compare(model, reference, ids, protocol)
-    return Evaluation(str(directory), both.model, both.baseline, both.divergence)
+        (model,) = open_models([directory], windows, dtype, max_memory)
+        return alone(directory, perplexity(model, windows))
+    check_tokenizers(directory, load_tokenizer(directory), baseline, text.content)
+    model, reference = open_models([directory, baseline], windows, dtype, max_memory)
+    return beside(directory, compare(model, reference, windows))
 
 
-def check_tokenizers(directory: Path, tokenizer: PreTrainedTokenizerBase, baseline: Path, content: str) -> None:
-    """Positions can be compared only where both models read the same tokens."""
-    other = load_tokenizer(baseline)
-    # Rules that the vocabulary does not show, how text is split and merged, differ within so many characters.
-    own, others = (each(content[:100_000], verbose=False)["input_ids"] for each in (tokenizer, other))
-    if tokenizer.get_vocab() != other.get_vocab() or own != others:
-        raise CheckpointError(f"{directory}: its tokenizer is not that of {baseline}; compare with its own original")
+def cut_for(directory: Path, text: Text, request: Request, dtype: torch.dtype) -> Cut:
+    """The text as the tokenizer of `directory` cuts it."""
+    name = str(dtype).removeprefix("torch.")
+    return cut(load_tokenizer(directory), str(text), text.documents, text.joined, request, name)
 
 
-def check_fit(directory: Path, model: PreTrainedModel, ids: Tensor) -> None:
-    """Windows within the positions, and token ids within the embedding, that the model was made with."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and ids.shape[1] > limit:
-        raise RecipeError(f"--seq-len {ids.shape[1]}: {directory} was made for {limit} positions; use at most that")
-    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
-    if int(ids.max()) >= rows:
-        raise CheckpointError(f"{directory}: its tokenizer gives id {int(ids.max())}, its embedding has {rows} rows")
+def alone(directory: Path, found: Perplexity) -> Evaluation:
+    per_unit = found.protocol.tokens / found.protocol.unit
+    ends = intervals(found.nll[None], {"perplexity": lambda mean: (mean[0] * per_unit).exp()})
+    return Evaluation(str(directory), found, intervals=ends)
+
+
+def beside(directory: Path, both: Comparison) -> Evaluation:
+    protocol = both.model.protocol
+    per_unit = protocol.tokens / protocol.unit
+    figures = torch.stack([both.model.nll, both.baseline.nll, both.kl.double(), both.same.double()])
+    ends = intervals(
+        figures,
+        {
+            "perplexity": lambda mean: (mean[0] * per_unit).exp(),
+            "baseline_perplexity": lambda mean: (mean[1] * per_unit).exp(),
+            "increase": lambda mean: ((mean[0] - mean[1]) * per_unit).exp() - 1,
+            "mean_kl": lambda mean: mean[2],
+            "top1_agreement": lambda mean: mean[3],
+        },
+    )
+    return Evaluation(str(directory), both.model, both.baseline, both.divergence, ends)

@@ -3,7 +3,10 @@
 The model is built without weights and filled one tensor at a time, so that memory peaks at about its packed size.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from llmquant.kernels.cpu import PLANES
 from llmquant.model.shell import StoredTensors, empty_model, place, read_config, tied_names
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
+from llmquant.scheme import Scheme
 
 GENERATION = "generation_config.json"
 
@@ -33,24 +37,12 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, precision: str
         ArchitectureError: transformers does not know the model.
         NumericsError: a tensor holds NaN or Inf.
     """
-    if precision not in PLANES:
-        raise RecipeError(f"precision: {precision!r} is none; use one of {', '.join(PLANES)}")
-    source = Checkpoint.open(directory)
-    config = read_config(source)
-    stored = stored_dtype(config)
-    dtype = dtype or stored
-    model = empty_model(config)
-    model.config.dtype = dtype
-    names = [name for name in model.state_dict() if name not in tied_names(model)]
-    packed = quantize_linears(model, source, stored, precision)
-    tensors = StoredTensors(model, source)
-    for name in names:
-        if name not in packed:
-            _place(model, name, tensors[name], dtype)
+    filling = Filling(Checkpoint.open(directory), dtype, precision)
+    filling.fill(filling.names)
+    model = filling.model
     model.tie_weights()
-    use_attention(model)
     use_decoder(model)
-    _load_generation_config(model, source.root)
+    _load_generation_config(model, filling.source.root)
     return model
 
 
@@ -60,27 +52,90 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def quantize_linears(model: PreTrainedModel, source: Checkpoint, dtype: torch.dtype, precision: str) -> set[str]:
-    """Put a QuantLinear in the place of each linear that is quantized; the names of the weights they replace.
+class Filling:
+    """A model without weights, to be filled from its checkpoint part by part or all at once.
 
-    `dtype` is that of the original model, in which the scales are exact.
+    Attributes:
+        model: its parameters are on the meta device until they are filled.
+        names: all that there is to fill: parameters and persistent buffers, without those that are tied to another.
+        device: where its tensors go.
     """
-    block = source.config.get("quantization_config")
-    if not block:
-        return set()
-    layout = for_config(block)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    schemes = layout.read_config(block, list(linears))
-    tensors = StoredTensors(model, source)
-    for name, scheme in schemes.items():
-        m, n = linears[name].weight.shape
-        q = layout.unpack(name, tensors, m, n, scheme)
-        order = layout.order(name, tensors, n, scheme)
-        linear = QuantLinear.from_quantized(q, scheme, linears[name].bias, Stored(layout, scheme, dtype), order)
-        linear.precision = precision
-        model.set_submodule(name, linear)
-    model.config.quantization_config = block  # for save_pretrained
-    return {f"{name}.weight" for name in schemes}
+
+    device = torch.device("cpu")
+
+    def __init__(self, source: Checkpoint, dtype: torch.dtype | None, precision: str = "exact") -> None:
+        """Raises what `load` raises, but for what is wrong with a tensor."""
+        if precision not in PLANES:
+            raise RecipeError(f"precision: {precision!r} is none; use one of {', '.join(PLANES)}")
+        config = read_config(source)
+        self.source = source
+        self._stored = stored_dtype(config)  # of the original model, in which the scales are exact
+        self._dtype, self._precision = dtype or self._stored, precision
+        self.model = empty_model(config)
+        self.model.config.dtype = self._dtype
+        use_attention(self.model)
+        tied = tied_names(self.model)
+        self.names = [name for name in self.model.state_dict() if name not in tied]
+        self._tensors = StoredTensors(self.model, source)
+        self._schemes: dict[str, Scheme] = {}
+        if block := source.config.get("quantization_config"):
+            self._layout = for_config(block)
+            linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+            self._schemes = self._layout.read_config(block, linears)
+            self.model.config.quantization_config = block  # for save_pretrained
+
+    def fill(self, names: Iterable[str]) -> None:
+        """Put the tensors `names` in their places, and a QuantLinear in that of each linear that is quantized."""
+        for name in names:
+            linear = name.removesuffix(".weight")
+            if linear in self._schemes:
+                self._quantize(linear)
+            else:
+                _place(self.model, name, self._tensors[name], self._dtype)
+
+    @contextmanager
+    def filled(self, names: list[str]) -> Iterator[None]:
+        """Hold the tensors `names` for the length of a `with` block."""
+        try:
+            self.fill(names)
+            yield
+        finally:
+            for name in names:
+                owner, _, leaf = name.rpartition(".")
+                module = self.model.get_submodule(owner)
+                if isinstance(module, QuantLinear):
+                    module.to("meta")
+                else:
+                    place(self.model, name, getattr(module, leaf).to("meta"))
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """The memory that these tensors will take."""
+        total = 0.0
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            tensor = getattr(self.model.get_submodule(owner), leaf)
+            scheme = self._schemes.get(owner) if leaf == "weight" else None
+            if scheme is None:
+                total += tensor.numel() * self._dtype.itemsize
+            else:
+                m, n = tensor.shape
+                total += m * n * (1.0 if scheme.bits == 8 else 0.5) + 8 * m * scheme.groups(n)
+        return int(total)
+
+    def part(self, prefix: str) -> list[str]:
+        """Names of the tensors below a module."""
+        return [name for name in self.names if name.startswith(prefix + ".")]
+
+    def _quantize(self, name: str) -> None:
+        linear: Any = self.model.get_submodule(name)
+        scheme = self._schemes[name]
+        m, n = linear.out_features, linear.in_features
+        q = self._layout.unpack(name, self._tensors, m, n, scheme)
+        order = self._layout.order(name, self._tensors, n, scheme)
+        stored = Stored(self._layout, scheme, self._stored)
+        packed = QuantLinear.from_quantized(q, scheme, linear.bias, stored, order)
+        packed.precision = self._precision
+        self.model.set_submodule(name, packed)
 
 
 def _place(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from measuring import compared, cut_of
 from transformers import AutoModelForCausalLM
 
-from llmquant.evaluate.divergence import compare
-from llmquant.evaluate.perplexity import Protocol, perplexity
+from llmquant.evaluate.perplexity import Whole, perplexity
 
-PROTOCOL = Protocol("t.txt", 16, 3, 45, False, "float32")
 IDS = torch.randint(0, 512, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -32,10 +31,11 @@ def changed(model):
 
 
 def test_identical_models_do_not_diverge(model):
-    both = compare(model, model, IDS, PROTOCOL)
+    both = compared(model, model, IDS)
     kl = both.divergence
     assert (kl.mean_kl, kl.median_kl, kl.p99_kl, kl.max_kl, kl.top1_agreement, kl.positions) == (0, 0, 0, 0, 1, 45)
-    assert both.model == both.baseline
+    assert kl.top10_overlap == 1
+    assert torch.equal(both.model.nll, both.baseline.nll)
 
 
 def test_equals_brute_force(model, changed):
@@ -44,18 +44,22 @@ def test_equals_brute_force(model, changed):
     kl = sorted(
         sum(a * math.log(a / b) for a, b in zip(x, y, strict=True)) for x, y in zip(p.tolist(), q.tolist(), strict=True)
     )
-    found = compare(changed, model, IDS, PROTOCOL).divergence
+    found = compared(changed, model, IDS).divergence
     assert found.mean_kl == pytest.approx(sum(kl) / 45, rel=1e-5)
     assert found.median_kl == pytest.approx(kl[22], rel=1e-5)
     assert found.p99_kl == pytest.approx(kl[44], rel=1e-5)
     assert found.max_kl == pytest.approx(kl[44], rel=1e-5)
     assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert 0 < found.top1_agreement < 1
+    shared = [
+        len(set(a.topk(10).indices.tolist()) & set(b.topk(10).indices.tolist())) / 10 for a, b in zip(p, q, strict=True)
+    ]
+    assert found.top10_overlap == pytest.approx(sum(shared) / 45)
 
 
 def test_direction_is_from_the_baseline(model, changed):
-    forward = compare(changed, model, IDS, PROTOCOL).divergence.mean_kl
-    backward = compare(model, changed, IDS, PROTOCOL).divergence.mean_kl
+    forward = compared(changed, model, IDS).divergence.mean_kl
+    backward = compared(model, changed, IDS).divergence.mean_kl
     assert abs(forward - backward) > 1e-4 * forward
 
 
@@ -66,18 +70,18 @@ def test_against_a_uniform_model_it_is_the_entropy_missing(model):
     with torch.no_grad():
         logp = model(IDS).logits[:, :-1].double().log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1).mean()
-    found = compare(uniform, model, IDS, PROTOCOL)
+    found = compared(uniform, model, IDS)
     assert found.divergence.mean_kl == pytest.approx(math.log(512) - float(entropy), rel=1e-6)
     assert found.model.value == pytest.approx(512)
 
 
 def test_both_perplexities_come_from_the_same_pass(model, changed):
-    both = compare(changed, model, IDS, PROTOCOL)
-    assert both.model.nll == pytest.approx(perplexity(changed, IDS, PROTOCOL).nll, rel=1e-12)
-    assert both.baseline.nll == pytest.approx(perplexity(model, IDS, PROTOCOL).nll, rel=1e-12)
+    both = compared(changed, model, IDS)
+    assert torch.equal(both.model.nll, perplexity(Whole(changed), cut_of(IDS)).nll)
+    assert torch.equal(both.baseline.nll, perplexity(Whole(model), cut_of(IDS)).nll)
     assert both.model.value != both.baseline.value
 
 
 def test_no_inference_mode_is_left_behind(model):
-    compare(model, model, IDS[:1], PROTOCOL)
+    compared(model, model, IDS[:1])
     assert not torch.is_inference_mode_enabled()

@@ -1,0 +1,66 @@
+"""A checkpoint that need not fit into memory: all windows pass one layer, then the next one takes its place."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmquant.calibration.batches import Batch
+from llmquant.calibration.stream import Stream
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.model.layout import Layer, derive_layout
+from llmquant.runtime.loader import Filling
+
+
+class Layered:
+    """The logits of a model of which one layer, or what is outside of all layers, is in memory at a time.
+
+    They are those of the whole model, bit for bit: the same modules compute them. What lives on from layer to layer is
+    one hidden state for each token of the windows.
+    """
+
+    def __init__(self, directory: str | Path, dtype: torch.dtype | None = None, at_once: int | None = None) -> None:
+        """Let `at_once` windows pass together, all of them if not given; each time the checkpoint is read.
+
+        Raises CheckpointError if there is no checkpoint that can be read.
+        """
+        self.name = str(directory)
+        self._source, self._dtype, self._at_once = Checkpoint.open(directory), dtype, at_once
+
+    def logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The logits [T, vocab] of each window [T], in order.
+
+        Raises what `loader.load` raises, and ArchitectureError if the decoder layers cannot be told.
+        """
+        step = self._at_once or len(windows)
+        for start in range(0, len(windows), step):
+            yield from self._pass(windows[start : start + step])
+
+    @torch.no_grad()
+    def _pass(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
+        filling = Filling(self._source, self._dtype)
+        layers = derive_layout(filling.model.config).layers
+        stream = Stream(filling, layers, tuple(Batch(ids[None], torch.ones_like(ids[None]).bool()) for ids in windows))
+        for layer in layers:
+            with filling.filled(filling.part(layer.name)):
+                for i in range(len(windows)):
+                    stream.hidden[i] = stream.forward(layer, stream.module(layer), stream.hidden, i)
+        inside = tuple(f"{layer.name}." for layer in layers)
+        filling.fill(name for name in filling.names if not name.startswith(inside))
+        filling.model.tie_weights()
+        for states in stream.hidden:
+            for layer in layers:  # what the model does to states before its first layer, it has done already
+                _return(states, layer, stream.module(layer))
+            yield filling.model(inputs_embeds=states, use_cache=False).logits[0]
+
+
+def _return(states: Tensor, layer: Layer, module: nn.Module) -> None:
+    """In the place of what a layer makes of its input, whatever that is."""
+
+    def forward(*_: Any, **__: Any) -> Any:
+        return (states,) if layer.returns_tuple else states
+
+    module.forward = MethodType(forward, module)
