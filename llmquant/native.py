@@ -66,15 +66,20 @@ class CudaLibrary:
             raise OSError(f"{CUDA_LIBRARY} belongs to another version; install llmquant again")
         self.functions.llmquant_cuda_message.restype = ctypes.c_char_p
         self.functions.llmquant_cuda_message.argtypes = [ctypes.c_int64]
-        for name in ("path", "workspace", "sizes", "pack", "unpack", "dequantize", "linear", "round_columns"):
-            getattr(self.functions, f"llmquant_cuda_{name}").restype = ctypes.c_int64
 
     def call(self, name: str, *arguments: object) -> int:
         """A function of the interface by its name without the prefix; raises RuntimeError with what it says."""
-        code: int = getattr(self.functions, f"llmquant_cuda_{name}")(*arguments)
+        function = getattr(self.functions, f"llmquant_cuda_{name}")
+        function.restype = ctypes.c_int64
+        code: int = function(*arguments)
         if code < 0 or (code and name != "path"):
             raise RuntimeError(f"llmquant_cuda_{name}: {self.functions.llmquant_cuda_message(code).decode()}")
         return code
+
+    @staticmethod
+    def stream(tensor: torch.Tensor) -> ctypes.c_void_p:
+        """The current one of the tensor's device."""
+        return ctypes.c_void_p(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
 class Backend(NamedTuple):

@@ -19,7 +19,7 @@ from llmquant.kernels.layout import KINDS, Packed, exact_dtype
 from llmquant.native import VARIABLE, CudaLibrary, find_gpu_backend
 from llmquant.scheme import Quantized, Scheme
 
-TILE = 64  # rows
+TILE = 64  # rows; slabs begin at a multiple
 ALIGNED = 8  # numbers: the stride of x in 16 bytes
 HALVES = KINDS[:2]  # what the kernels multiply, and scales are held in
 AUTO, GEMV, GEMM, DEQUANTIZE = range(4)  # paths
@@ -54,17 +54,13 @@ def shapes(m: int, n: int, scheme: Scheme) -> tuple[tuple[int, ...], tuple[int, 
     sizes = (ctypes.c_int64 * 3)()
     weight = _Weight(rows=m, columns=n, group=scheme.width(n), scale_kind=0)
     _library().call("sizes", ctypes.byref(weight), sizes)
-    groups = scheme.groups(n)
-    tiles = sizes[1] // (2 * groups * TILE)
-    return (tiles, sizes[0] // (512 * tiles), 512), (tiles, groups, TILE), (tiles, groups, TILE // 2)
+    return (sizes[0],), (sizes[1] // 2,), (sizes[2],)
 
 
 def pack(q: Quantized, scheme: Scheme) -> Packed:
-    """A quantized weight [m, n] of 4 bits, on a GPU, in tiles of 64 rows.
+    """A quantized weight [m, n] of 4 bits, on a GPU, in the order of the tensor cores: csrc/cuda/layout.h has it.
 
-    codes: uint8 [tiles, steps, 512], a step being 16 columns; the order inside of one is that of the tensor cores.
-    scales: bf16 where that is exact, or fp16 [tiles, G, 64].
-    zeros: uint8 [tiles, G, 32], two to a byte.
+    Each part is flat, and as long as the library says; the scales are bf16 where that is exact, or else fp16.
 
     Raises:
         RecipeError: neither holds the scales exactly.
@@ -78,9 +74,9 @@ def pack(q: Quantized, scheme: Scheme) -> Packed:
     packed = Packed(codes, scales.to(dtype), None if scheme.symmetric else zeros)
     parts = [part.contiguous() for part in q]
     with torch.cuda.device_of(codes):
-        _tickets(codes.device, 0)  # so that they are there before a graph is captured
+        _arena(codes.device, 0)  # now, so that it is there before a graph is captured
         weight = _weight(packed, m, n, scheme)
-        _library().call("pack", ctypes.byref(weight), *map(_pointer, parts), _stream())
+        _library().call("pack", ctypes.byref(weight), *map(_pointer, parts), _library().stream(codes))
     return packed
 
 
@@ -91,7 +87,7 @@ def unpack(packed: Packed, m: int, n: int, scheme: Scheme) -> Quantized:
     q = Quantized(codes, packed.scales.new_empty(grid, dtype=torch.float32), zeros)
     with torch.cuda.device_of(codes):
         weight = _weight(packed, m, n, scheme)
-        _library().call("unpack", ctypes.byref(weight), *map(_pointer, q), _stream())
+        _library().call("unpack", ctypes.byref(weight), *map(_pointer, q), _library().stream(codes))
     return q
 
 
@@ -121,8 +117,9 @@ def dequantize(packed: Packed, first: int, count: int, m: int, n: int, scheme: S
     """Rows `first` to `first + count` of the real weight [m, n]; `first` is a multiple of TILE."""
     out = torch.empty(count, n, dtype=dtype, device=packed.codes.device)
     with torch.cuda.device_of(out):
-        weight, kind = _weight(packed, m, n, scheme), KINDS.index(dtype)
-        _library().call("dequantize", ctypes.byref(weight), *_int64(first, count, kind), _pointer(out), _stream())
+        library, weight = _library(), _weight(packed, m, n, scheme)
+        numbers = [ctypes.c_int64(number) for number in (first, count, KINDS.index(dtype))]
+        library.call("dequantize", ctypes.byref(weight), *numbers, _pointer(out), library.stream(out))
     return out
 
 
@@ -149,7 +146,7 @@ def _multiply(
         partials_bytes=scratch,
         tickets_count=len(counts),
     )
-    _library().call("linear", ctypes.byref(task), _stream())
+    _library().call("linear", ctypes.byref(task), _library().stream(x))
 
 
 @lru_cache(4096)
@@ -178,7 +175,7 @@ def _scales(scales: Tensor, dtype: torch.dtype) -> Tensor | None:
     return found
 
 
-_arenas: dict[torch.device, Tensor] = {}  # tickets that no product has taken yet
+_arenas: dict[torch.device, Tensor] = {}
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -187,15 +184,21 @@ def _tickets(device: torch.device, number: int) -> Tensor:
 
     Products of one stream share theirs. A product in a CUDA graph has its own: graphs may run beside each other.
     """
-    if device not in _arenas or (len(_arenas[device]) < number):
-        _arenas[device] = torch.zeros(max(ARENA, number), dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        taken, _arenas[device] = _arenas[device][:number], _arenas[device][number:]
-        return taken
+        arena = _arena(device, number)
+        _arenas[device] = arena[number:]
+        return arena[:number]
     place = device, torch.cuda.current_stream(device).cuda_stream
     if place not in _by_stream or len(_by_stream[place]) < number:
         _by_stream[place] = torch.zeros(max(4096, number), dtype=torch.int32, device=device)
     return _by_stream[place]
+
+
+def _arena(device: torch.device, number: int) -> Tensor:
+    """Tickets that no graph has, `number` or more."""
+    if device not in _arenas or len(_arenas[device]) < number:
+        _arenas[device] = torch.zeros(max(ARENA, number), dtype=torch.int32, device=device)
+    return _arenas[device]
 
 
 def _weight(packed: Packed, m: int, n: int, scheme: Scheme) -> _Weight:
@@ -218,13 +221,5 @@ def _library() -> CudaLibrary:
     return library
 
 
-def _stream() -> ctypes.c_void_p:
-    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-
-
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _int64(*values: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(value) for value in values]

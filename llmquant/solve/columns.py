@@ -2,13 +2,17 @@
 
 The weight stands transposed here: a column of it is one contiguous row of `work` [b, m], its grids are scales and
 zeros fp32 [ceil(b / width), m], and its codes are uint8 [b, m]. On the CPU the loops run natively where the library is
-there (`llmquant.solve.native`); what follows is their definition, and what runs elsewhere.
+there (`llmquant.solve.native`), on GPUs rounding is one kernel (`llmquant.solve.cuda`, or `llmquant.solve.triton`);
+what follows is their definition, and what runs elsewhere.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from llmquant.native import Library, find_library
+from llmquant.native import Library, find_gpu_backend, find_library
 from llmquant.scheme import Scheme
 from llmquant.solve import grid, native
 
@@ -32,6 +36,9 @@ def round_columns(
     tried = grid.candidates(scheme) if search else None
     if library := _library(work):
         native.round_columns(library, work, U, pivots, scales, zeros, codes, width, scheme, tried)
+        return
+    if loop := _gpu_loop(work, width, searched=search):
+        loop(work, U, pivots, scales, zeros, codes, width, scheme, tried)
         return
     for j in range(len(work)):
         g, last = j // width, min(j + width, len(work))
@@ -96,6 +103,22 @@ def search_columns(columns: Tensor, weight: Tensor, width: int, scheme: Scheme) 
         return scales, zeros
     found, zero_points = grid.search_grid(columns.T, weight, scheme)
     return found.T.contiguous(), zero_points.T.float().contiguous()
+
+
+def _gpu_loop(work: Tensor, width: int, *, searched: bool) -> Callable[..., None] | None:
+    """The loop that takes the place of `round_columns` on a GPU, if there is one."""
+    if work.device.type != "cuda":
+        return None
+    backend = find_gpu_backend()
+    if backend.library and not (searched and width % 32):
+        from llmquant.solve import cuda
+
+        return partial(cuda.round_columns, backend.library)
+    if backend.name == "triton":
+        from llmquant.solve import triton
+
+        return triton.round_columns
+    return None
 
 
 def _library(work: Tensor) -> Library | None:
