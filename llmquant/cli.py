@@ -69,6 +69,7 @@ class Target(str, Enum):
     gptq = "gptq"
     gptq_v2 = "gptq_v2"
     awq = "awq"
+    gguf = "gguf"
 
 
 @app.command()

@@ -5,20 +5,25 @@ with the model; a run that was stopped goes on with the file that it was at.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from llmquant.checkpoint import durable
 from llmquant.checkpoint.journal import Journal
 from llmquant.checkpoint.parts import file_sha256
-from llmquant.convert.packed import packed_files
+from llmquant.convert import packed
+from llmquant.convert.product import Product
 from llmquant.convert.source import Source
-from llmquant.errors import OutputError, VerifyError
+from llmquant.errors import OutputError, RecipeError, VerifyError
 from llmquant.finish import already_finished, check_output, clear, digest_of
 from llmquant.formats import FORMATS
 from llmquant.manifest import LOG, MANIFEST, RECIPE, manifest_bytes, sealed
 from llmquant.verify import problems_of
 from llmquant.version import __version__
+
+# What is no layout of checkpoints that we read back -> the module that makes it, whose packages are optional.
+EXPORTS = {"gguf": "llmquant.convert.gguf"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,11 @@ def convert(directory: str | Path, out: str | Path, to: str, *, overwrite: bool 
     out = Path(out)
     source = Source.open(directory)
     check_output(out, source.checkpoint.root)
-    files = packed_files(source, to)
+    product = _product(source, to)
+    files = product.files
     fingerprint = {"convert": to, "input": source.checkpoint.fingerprint(), "llmquant": __version__}
-    made = Conversion(str(out), source.layout.NAME, to, len(source.schemes), tuple(files), _notes(source, to))
+    origin = source.layout.NAME if source.schemes else "original"
+    made = Conversion(str(out), origin, to, len(source.schemes), tuple(files), product.notes)
     if already_finished(out, fingerprint, overwrite=overwrite):
         return made
     with Journal.open(out, fingerprint, resume=True) as journal:
@@ -85,5 +92,13 @@ def _seal(out: Path, source: Source, made: Conversion, digests: dict[str, str], 
         raise VerifyError(f"{out}: {problems[0]}; {len(problems)} problems in all, remove it and convert again")
 
 
-def _notes(source: Source, to: str) -> tuple[str, ...]:
-    return tuple(FORMATS[to].caveats(set(source.schemes.values())))
+def _product(source: Source, to: str) -> Product:
+    """What `to` stands for; RecipeError if a package for it is not installed."""
+    if to in FORMATS:
+        return packed.product(source, to)
+    try:
+        maker = import_module(EXPORTS[to])
+    except ImportError as error:
+        raise RecipeError(f"--to {to}: needs the package {error.name}; pip install 'llmquant[{to}]'") from error
+    made: Product = maker.product(source)
+    return made

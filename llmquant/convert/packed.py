@@ -1,31 +1,31 @@
 """From one packed layout of checkpoints to another: the same integers, scales and zero points in other places."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from llmquant.checkpoint.writer import TensorSource, copy_file, deferred, write_json, write_shard
+from llmquant.checkpoint.writer import TensorSource, deferred, write_shard
+from llmquant.convert.product import Files, Product, json_file, side_files
 from llmquant.convert.source import Source
-from llmquant.errors import RecipeError
+from llmquant.errors import CheckpointError, RecipeError
 from llmquant.finish import INDEX, SINGLE
 from llmquant.formats import FORMATS, Format
 from llmquant.formats.checks import check_in_place
 from llmquant.formats.gptq import Gptq
 from llmquant.plan import Spec, shards_of, spec_bytes
 
-Files = dict[str, Callable[[Path], str]]  # name -> what writes the file and gives its sha256; in this order
 
-
-def packed_files(source: Source, to: str) -> Files:
-    """The files of a checkpoint in the layout `to`; config.json is the last.
+def product(source: Source, to: str) -> Product:
+    """A checkpoint in the layout `to`; config.json is its last file.
 
     Raises:
         RecipeError: the layout cannot hold what the source holds: bits, group size, several schemes, act-order.
     """
     target = FORMATS[to]
+    if not source.schemes:
+        raise CheckpointError(f"{source.checkpoint.root}: is not quantized; run llmquant quantize first")
     reordered = _check(source, target)
     skipped = [name for name in source.linears if name not in source.schemes]
     block = target.config_block(source.schemes, skipped)
@@ -35,8 +35,9 @@ def packed_files(source: Source, to: str) -> Files:
     files = tensor_files(source, target)
     files |= side_files(source)
     if isinstance(target, Gptq):  # where older loaders look
-        files["quantize_config.json"] = partial(_write_json, block)
-    return files | {"config.json": partial(_write_json, config)}
+        files["quantize_config.json"] = json_file(block)
+    files["config.json"] = json_file(config)
+    return Product(files, tuple(target.caveats(set(source.schemes.values()))))
 
 
 def tensor_files(source: Source, target: Format) -> Files:
@@ -73,13 +74,7 @@ def tensor_files(source: Source, target: Format) -> Files:
         "metadata": {"total_size": sum(map(spec_bytes, specs.values()))},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
-    return files | {INDEX: partial(_write_json, index)}
-
-
-def side_files(source: Source) -> Files:
-    """Tokenizer, templates, licence, as they are."""
-    root = source.checkpoint.root
-    return {name: partial(_copy, root / name) for name in source.checkpoint.side_files()}
+    return files | {INDEX: json_file(index)}
 
 
 def _check(source: Source, target: Format) -> bool:
@@ -93,11 +88,3 @@ def _check(source: Source, target: Format) -> bool:
             if not isinstance(target, Gptq):
                 check_in_place(name, order, target.NAME)
     return reordered
-
-
-def _write_json(value: Any, path: Path) -> str:
-    return write_json(path, value)
-
-
-def _copy(source: Path, path: Path) -> str:
-    return copy_file(source, path)

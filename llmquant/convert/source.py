@@ -1,4 +1,4 @@
-"""A quantized checkpoint as a conversion reads it: one linear at a time, whatever its layout."""
+"""A checkpoint as a conversion reads it: one linear at a time, whatever its layout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmquant.checkpoint.reader import Checkpoint
-from llmquant.errors import CheckpointError, NumericsError
-from llmquant.formats import Format, for_config
+from llmquant.errors import NumericsError
+from llmquant.formats import FORMATS, Format, for_config
 from llmquant.model.shell import StoredTensors, empty_model, read_config, stored_as
 from llmquant.runtime.loader import stored_dtype
 from llmquant.scheme import Quantized, Scheme
@@ -19,9 +19,10 @@ from llmquant.scheme import Quantized, Scheme
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An open quantized checkpoint. Linears are named as in the model.
+    """An open checkpoint. Linears are named as in the model.
 
     Attributes:
+        layout: of the quantized linears, if there are any.
         schemes: of the quantized linears, in model order.
         linears: all of the model's, quantized or not, with their shapes (m, n).
         dtype: of the original model.
@@ -37,15 +38,13 @@ class Source:
 
     @classmethod
     def open(cls, directory: str | Path) -> "Source":
-        """Open a checkpoint in any layout that we read.
+        """Open a checkpoint, quantized in any layout that we read or not at all.
 
         Raises:
-            CheckpointError: it is not quantized, or in no such layout.
+            CheckpointError: it is quantized in another layout.
         """
         checkpoint = Checkpoint.open(directory)
-        block = checkpoint.config.get("quantization_config")
-        if not block:
-            raise CheckpointError(f"{checkpoint.root}: is not quantized; run llmquant quantize first")
+        block = checkpoint.config.get("quantization_config") or {}
         config = read_config(checkpoint)
         dtype = stored_dtype(config)  # the empty model changes it
         model = empty_model(config)
@@ -54,8 +53,8 @@ class Source:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
         }
-        layout = for_config(block)
-        schemes = layout.read_config(block, list(linears))
+        layout = for_config(block) if block else FORMATS["compressed-tensors"]
+        schemes = layout.read_config(block, list(linears)) if block else {}
         return cls(checkpoint, config, model, layout, schemes, linears, dtype)
 
     @cached_property
@@ -68,8 +67,12 @@ class Source:
         found = {}
         for name, scheme in self.schemes.items():
             first = next(iter(self.layout.specs(name, *self.linears[name], scheme, torch.float32)))
-            found[stored_as(first, self.model, self.checkpoint).rpartition(".")[0]] = name
+            found[self.stored(first).rpartition(".")[0]] = name
         return found
+
+    def stored(self, name: str) -> str:
+        """The checkpoint's name of a tensor."""
+        return stored_as(name, self.model, self.checkpoint)
 
     def read(self, name: str) -> Quantized:
         """A quantized linear, with the columns of a group side by side."""
