@@ -12,10 +12,10 @@ MODEL := .cache/smollm2-135m
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py CMakeLists.txt) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test clients sanitize lint bench clean
+.PHONY: help setup model demo test clients client-llamacpp sanitize lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## .venv with llmquant and its native kernels (PYTHON=python3.12, TORCH=torch==2.13.0)
 
@@ -51,6 +51,14 @@ $(CLIENTS_READY): $(BUILD_INPUTS)
 	$(CLIENTS)/python -m pip install --no-deps gptqmodel==7.7.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 \
 		pillow pypcre==0.6.4 threadpoolctl tokenicer==0.0.14
 	@touch $@
+
+client-llamacpp: ## our GGUF files in llama.cpp, which is compiled for that, in .venv-client-llamacpp
+	test -x .venv-client-llamacpp/bin/python || $(PYTHON) -m venv .venv-client-llamacpp
+	.venv-client-llamacpp/bin/python -m pip install --upgrade "pip>=25" "setuptools>=77"
+	.venv-client-llamacpp/bin/python -m pip install $(TORCH)
+	.venv-client-llamacpp/bin/python -m pip install --no-build-isolation -e ".[test,gguf]"
+	.venv-client-llamacpp/bin/python -m pip install llama-cpp-python==0.3.36
+	.venv-client-llamacpp/bin/python -m pytest tests/clients/test_llamacpp_client.py
 
 sanitize: $(READY) ## the tests of native code, with AddressSanitizer and UBSan in it (GCC)
 	cmake -S . -B build/sanitize -DLLMQUANT_SANITIZE=ON -DLLMQUANT_OUTPUT=$(CURDIR)/build/sanitize \

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmquant.kernels.layout import unpack
 from llmquant.runtime.linear import QuantLinear
 from llmquant.runtime.loader import load
 from llmquant.scheme import dequantize
@@ -27,10 +26,10 @@ TEXT = (
 FP32_ROUNDING = 1e-5
 
 
-def needs(*packages: str) -> pytest.MarkDecorator:
-    """Skip the tests of a client where a package of it is not installed."""
+def needs(*packages: str, target: str = "clients") -> pytest.MarkDecorator:
+    """Skip the tests of a client where a package of it is not installed; `target` is the one of make that has them."""
     missing = [package for package in packages if find_spec(package) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed; run make clients")
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed; run make {target}")
 
 
 class RealLinear(torch.nn.Linear):
@@ -41,7 +40,7 @@ def real(directory: Path) -> PreTrainedModel:
     """Our model in fp32 with its weights as real numbers, for products without any rounding of activations."""
     model = load(directory, torch.float32)
     for name, linear in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
-        q = unpack(linear.panels, linear.out_features, linear.in_features, linear.scheme)
+        q = linear.kernels.unpack(linear.packed, linear.out_features, linear.in_features, linear.scheme)
         plain = RealLinear(linear.in_features, linear.out_features, bias=False)
         plain.weight.data = dequantize(q, linear.scheme)
         plain.bias = linear.bias
