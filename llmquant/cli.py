@@ -18,6 +18,7 @@ from llmquant.convert import convert as run_conversion
 from llmquant.display import Display, console, print_json, results, show_plan, show_table
 from llmquant.errors import LlmquantError, RecipeError
 from llmquant.evaluate.commands import Json, evaluate
+from llmquant.hub import push as push_to_hub
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
 from llmquant.options import parse_ranks, parse_size
 from llmquant.pipeline import Options, open_plan
@@ -158,6 +159,20 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: J
         print_json({"directory": str(directory), "verified": True, "files": files})
     else:
         typer.echo(f"{directory}: whole, finite, as its recipe says; {files} files unchanged")
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; it is made if need be.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone read it.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub name of the original, if it was a directory.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a directory and upload it to the Hub. The same command again sends only what is missing."""
+    sending = lambda file: console.print(f"sending {file}")  # noqa: E731
+    url = push_to_hub(directory, name, public=public, base_model=base_model, sending=sending)
+    print_json({"directory": str(directory), "commit": url}) if as_json else typer.echo(url)
 
 
 @app.command()

@@ -38,6 +38,10 @@ class VerifyError(LlmquantError):
     """A finished directory is not whole, not finite, or not what its recipe promised."""
 
 
+class HubError(LlmquantError):
+    """The Hub refuses a push, or cannot be reached."""
+
+
 class GateError(LlmquantError):
     """A quality gate did not hold."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.calibration.batches import Calibration
+from llmquant.card import origin_of
 from llmquant.checkpoint import durable
 from llmquant.checkpoint.journal import WORK, Journal
 from llmquant.checkpoint.parts import lazy_tensors
@@ -90,9 +91,7 @@ def finish(out: Path, plan: Plan, shell: Shell, calibration: Calibration | None,
         digests["quantize_config.json"] = write_json(out / "quantize_config.json", config["quantization_config"])
     digests[RECIPE] = durable.write_file(out / RECIPE, [plan.recipe.to_yaml().encode()])
     digests["config.json"] = hashlib.sha256(json_bytes(config)).hexdigest()
-    durable.write_file(
-        out / LOG, [sealed(_log_lines(plan, calibration, plan.fingerprint(shell, calibration), journal))]
-    )
+    durable.write_file(out / LOG, [sealed(_log_lines(plan, shell, calibration, journal))])
     durable.write_file(out / MANIFEST, [manifest_bytes(digests)])
     write_json(out / "config.json", config)
     if problems := problems_of(out):
@@ -119,14 +118,13 @@ def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:
     return digests | {INDEX: write_json(out / INDEX, index)}
 
 
-def _log_lines(
-    plan: Plan, calibration: Calibration | None, fingerprint: dict[str, Any], journal: Journal
-) -> list[dict[str, Any]]:
+def _log_lines(plan: Plan, shell: Shell, calibration: Calibration | None, journal: Journal) -> list[dict[str, Any]]:
     """The run's records: one line for the whole, one per module, one per trained layer."""
     tokens = calibration.tokens if calibration else {}
     notes = [*plan.notes, *(calibration.notes if calibration else ())]
     head = {
-        "fingerprint": digest_of(fingerprint),
+        "fingerprint": digest_of(plan.fingerprint(shell, calibration)),
+        "origin": {"model_type": plan.model_type, **origin_of(shell.source.root)},
         "calibration_tokens": tokens,
         "sequences": calibration.sequences if calibration else 0,
         "notes": notes,

@@ -19,7 +19,7 @@ from llmquant.errors import CheckpointError
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 KERNEL_KEY = re.compile("(attn|experts)_implementation")  # a value "owner/name" there is code on the Hub
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FETCHED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]
+FETCHED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 SKIPPED = ["*/*", "consolidated*"]  # folders (other runtimes' copies), Mistral's second copy of the weights
 
 
@@ -36,6 +36,14 @@ def locate(model: str | Path, revision: str | None, trust_remote_code: bool) -> 
         raise CheckpointError(f"{name}: trust_remote_code: runs code of a moving branch; pin revision to a full commit")
     root = _download(name, revision, FETCHED + ["*.py"] * trust_remote_code).resolve()
     return root, root.name
+
+
+def hub_origin(root: Path) -> dict[str, Any]:
+    """`name` and `commit` of a directory in a Hub cache, CACHE/models--OWNER--NAME/snapshots/COMMIT; else nothing."""
+    repo = root.parent.parent.name
+    if root.parent.name != "snapshots" or not repo.startswith("models--") or not COMMIT.fullmatch(root.name):
+        return {}
+    return {"name": repo.removeprefix("models--").replace("--", "/", 1), "commit": root.name}
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
