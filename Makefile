@@ -12,7 +12,7 @@ MODEL := .cache/smollm2-135m
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py CMakeLists.txt) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test clients client-llamacpp sanitize lint bench clean
+.PHONY: help setup model demo test clients client-llamacpp sanitize cuda-check lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,9 @@ sanitize: $(READY) ## the tests of native code, with AddressSanitizer and UBSan 
 	LLMQUANT_LIBRARY=$(CURDIR)/build/sanitize/llmquant_cpu.so ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest tests/kernels tests/solve/test_columns.py
+
+cuda-check: ## compile the CUDA kernels with nvcc, no GPU needed; fails on spills and missing instructions
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/cuda_check.py
 
 lint: $(READY) ## style, types, import direction, sizes
 	$(BIN)/ruff check

@@ -23,8 +23,17 @@ struct alignas(16) Floats {
 
 namespace llmquant::cuda {
 
-__device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
-__device__ __forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
+// Asked for anew at each call: what follows from it is computed where it is needed, and keeps no registers in between.
+__device__ __forceinline__ int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+__device__ __forceinline__ int block_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+}
 __device__ __forceinline__ int threads_of_block() { return static_cast<int>(blockDim.x); }
 
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -50,6 +59,12 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __s
 __device__ __forceinline__ uint64_t evict_first() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ uint64_t evict_normal() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 

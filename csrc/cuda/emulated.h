@@ -246,6 +246,7 @@ inline float shuffle(float value, int lane, int width) {
 }
 
 inline uint64_t evict_first() { return 0; }
+inline uint64_t evict_normal() { return 0; }
 
 inline Words load_once(const Words* from, uint64_t) {
     emulated::expect_aligned(from);

@@ -18,10 +18,12 @@ struct Schedule {
     int extra;
 };
 
-constexpr Schedule schedule_of(int tiles, int chunks, int blocks) {
-    const int units = tiles * chunks;
+// Whether there are few enough units to count them in 32 bits is for the caller to check.
+constexpr Schedule schedule_of(int64_t tiles, int64_t chunks, int64_t blocks) {
+    const int64_t units = tiles * chunks;
     blocks = blocks < units ? blocks : units;
-    return {tiles, chunks, blocks, units / blocks, units % blocks};
+    return {static_cast<int>(tiles), static_cast<int>(chunks), static_cast<int>(blocks),
+            static_cast<int>(units / blocks), static_cast<int>(units % blocks)};
 }
 
 LLMQUANT_BOTH constexpr int first_unit(const Schedule& schedule, int block) {
@@ -33,15 +35,23 @@ LLMQUANT_BOTH constexpr int block_of(const Schedule& schedule, int unit) {
     return unit < larger ? unit / (schedule.share + 1) : schedule.extra + (unit - larger) / schedule.share;
 }
 
+LLMQUANT_BOTH constexpr bool has_unit(const Schedule& schedule, int block, int unit) {
+    return unit < first_unit(schedule, block + 1);
+}
+
 // What a block does of one tile: chunks [begin, end).
 struct Segment {
     int tile, begin, end;
 };
 
-LLMQUANT_BOTH constexpr Segment segment_at(const Schedule& schedule, int unit, int last) {
+LLMQUANT_BOTH constexpr Segment segment_at(const Schedule& schedule, int block, int unit) {
     const int tile = unit / schedule.chunks, begin = unit - tile * schedule.chunks;
-    const int end = begin + last - unit;
+    const int end = begin + first_unit(schedule, block + 1) - unit;
     return {tile, begin, end < schedule.chunks ? end : schedule.chunks};
+}
+
+LLMQUANT_BOTH constexpr int unit_after(const Schedule& schedule, const Segment& segment) {
+    return segment.tile * schedule.chunks + segment.end;
 }
 
 LLMQUANT_BOTH constexpr bool is_whole(const Schedule& schedule, const Segment& segment) {

@@ -21,7 +21,18 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             sources = map(str, [*sorted(SOURCES.glob("*.cu")), SOURCES / "emulated.cpp"])
-            options = "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-x", "c++"
+            options = (
+                "-std=c++17",
+                "-O1",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-Wno-unknown-pragmas",
+                "-shared",
+                "-fPIC",
+                "-x",
+                "c++",
+            )
             unfinished = library.with_suffix(".unfinished")
             subprocess.run([compiler, *options, *sources, "-o", str(unfinished)], check=True)
             unfinished.rename(library)

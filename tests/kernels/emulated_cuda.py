@@ -138,3 +138,29 @@ class Emulator:
         numbers = map(ctypes.c_int64, (first, count, KINDS.index(dtype)))
         self.check("dequantize", ctypes.byref(packed.task), *numbers, ctypes.c_void_p(out.data_ptr()), None)
         return out
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None = None, path: int = AUTO, runs: int = 1) -> Tensor:
+        """The product, `runs` times into workspaces that were poisoned once; every run has the same bits."""
+        tokens, n = x.shape
+        held = guarded(x) if n % 8 == 0 else guarded(torch.nn.functional.pad(x, (0, -n % 8), value=torch.nan))
+        bias = None if bias is None else guarded(bias)
+        task = Linear(packed.task, held.data_ptr(), None if bias is None else bias.data_ptr(), tokens=tokens)
+        task.x_stride, task.kind, task.path = held.shape[1], KINDS.index(x.dtype), path
+        task.bias_kind = 0 if bias is None else KINDS.index(bias.dtype)
+        room, count = self.sizes("workspace", task, 2)
+        partials, tickets = guarded(torch.full((room,), 0xFF, dtype=torch.uint8)), guarded(torch.zeros(count).int())
+        task.partials, task.tickets, task.partials_bytes, task.tickets_count = (
+            partials.data_ptr(),
+            tickets.data_ptr(),
+            room,
+            count,
+        )
+        results = []
+        for _ in range(runs):
+            y = guarded(torch.full((tokens, packed.task.rows), torch.nan, dtype=x.dtype))
+            task.y = y.data_ptr()
+            self.check("linear", ctypes.byref(task), None)
+            results.append(y)
+            assert not tickets.any(), "the tickets are not back at zero"
+        assert all(torch.equal(results[0].view(torch.int16), y.view(torch.int16)) for y in results)
+        return results[0]

@@ -1,0 +1,245 @@
+// Products of at most 8 tokens: the weights stream by once, at the speed of memory.
+//
+// A warp walks along the columns of one tile. Its codes go from memory to registers, two units of 64 columns ahead of
+// their use, so 4 KB to a warp are always on their way; nothing waits at a barrier. Tokens are the 8 columns of B: one
+// kernel serves 1 to 8 of them. Activations, scales and zeros take the way through shared memory, as far ahead, into a
+// ring that is the warp's own. Sums are of integers until their group ends; then they get their scale, in fp32.
+
+#include "finish.h"
+
+namespace llmquant::cuda {
+namespace {
+
+constexpr int ROW_WARPS = 2, COLUMN_WARPS = 4;
+constexpr int THREADS = ROW_WARPS * COLUMN_WARPS * LANES;
+constexpr int ROWS = ROW_WARPS * TILE;
+constexpr int TOKENS = 8;
+constexpr int STEPS = 4;  // of a unit
+constexpr int COLUMNS = STEPS * STEP;
+constexpr int GRANULES = COLUMNS / GRANULE;
+constexpr int RING = 3;           // units
+constexpr int STRIDE = TILE + 4;  // of a token's sums in shared memory: so that a warp writes to different banks
+
+static_assert(ROWS == PAD_ROWS && PAD_COLUMNS % COLUMNS == 0, "tiles and units are whole");
+
+// What a unit needs beside its codes.
+struct Unit {
+    Words x[TOKENS * GRANULES];
+    Words scales[2][8];  // of one group, or of two, if they are of 32 columns
+    uint32_t zeros[2][8];
+};
+
+struct Shared {
+    union Own {  // of a warp
+        Unit ring[RING];
+        float sums[TOKENS * STRIDE];
+    } own[ROW_WARPS * COLUMN_WARPS];
+    int word;
+};
+static_assert(sizeof(Unit) % 16 == 0 && sizeof(Shared) <= 48 * 1024, "it fits without asking for more");
+
+template <class T, bool ZEROS>
+struct Walk {
+    const Product& product;
+    Unit* ring;
+    int tile, lane;
+    bool narrow;  // two groups to a unit
+    float sums[WORDS][4];
+
+    // Starts the copies of a unit, which are one group; of no unit, an empty one.
+    __device__ void stage(int unit, int end, int slot) const {
+        if (unit < end) {
+            const Layout& layout = product.weight.layout;
+            Unit& to = ring[slot];
+#pragma unroll 1  // unrolled, its addresses take the registers of codes
+            for (int i = lane; i < TOKENS * GRANULES; i += LANES) {
+                const int token = i / GRANULES, granule = i % GRANULES;
+                const int column = unit * COLUMNS + granule * GRANULE;
+                const int bytes = granule_bytes(product, token, column);
+                copy_async(&to.x[activations_at(GRANULES, token, granule)],
+                           granule_source(product, token, column, bytes), bytes);
+            }
+            const int64_t grid = grid_at(layout.groups, tile, unit * STEPS >> layout.shift) / 8;
+            const int groups = narrow ? 2 : 1;
+            if (lane < 8 * groups) copy_async(&to.scales[0][lane], product.weight.scales + grid + lane, 16);
+            if (ZEROS && lane < 2 * groups)
+                copy_async(&to.zeros[0][4 * lane], product.weight.zeros + grid + 4 * lane, 16);
+        }
+        commit_copies();
+    }
+
+    __device__ const Words* codes_of(int unit) const {
+        return product.weight.codes + words_at(product.weight.layout.steps, tile, unit * STEPS, lane);
+    }
+
+    __device__ void load(int unit, int end, uint64_t policy, Words (&codes)[STEPS]) const {
+        if (unit >= end) return;
+        const Words* from = codes_of(unit);
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) codes[step] = load_once(from + step * LANES, policy);
+    }
+
+    // One unit. Its codes make room, one step after the other, for those of the unit after the next.
+    __device__ void take(int unit, int end, int slot, uint64_t policy, Words (&codes)[STEPS]) {
+        await_copies<1>();
+        sync_warp();  // the copies of all lanes are there, and none reads the unit before any more
+        stage(unit + RING - 1, end, slot == 0 ? RING - 1 : slot - 1);
+        const Unit& staged = ring[slot];
+        const Words* next = unit + 2 < end ? codes_of(unit + 2) : nullptr;
+
+        float fresh[WORDS][4] = {};
+        uint32_t b[4];  // of two steps
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            const int group = narrow ? step / 2 : 0;
+            const uint32_t zeros = ZEROS ? staged.zeros[group][lane / 4] : MIDPOINTS;
+            if (step % 2 == 0)
+                load_matrices(
+                    b,
+                    &staged.x[activations_at(GRANULES, gemv_matrix_token(lane), 2 * step + gemv_matrix_granule(lane))]);
+            const Words words = codes[step];
+            if (next) codes[step] = load_once(next + step * LANES, policy);
+#pragma unroll
+            for (int j = 0; j < WORDS; ++j) {
+                uint32_t a[4];
+                to_weights<T>(words.word[j], zeros, j, a);
+                multiply_add<T>(fresh[j], a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
+            }
+            if (step == STEPS - 1 || (step == 1 && narrow)) add(staged.scales[group][lane / 4], fresh);
+        }
+    }
+
+    // A group, or its part in this unit, has ended.
+    __device__ void add(const Words& scales, float (&fresh)[WORDS][4]) {
+#pragma unroll
+        for (int j = 0; j < WORDS; ++j)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                sums[j][r] += scale_of<T>(scales, j, r / 2) * fresh[j][r];
+                fresh[j][r] = 0;
+            }
+    }
+
+    // Units [begin, end).
+    __device__ void walk(int begin, int end) {
+        const uint64_t policy = evict_first();
+        Words codes[2][STEPS];
+        load(begin, end, policy, codes[0]);
+        load(begin + 1, end, policy, codes[1]);
+        await_previous();  // x may come from it; the codes do not
+        for (int ahead = 0; ahead < RING - 1; ++ahead) stage(begin + ahead, end, ahead);
+#pragma unroll 1
+        for (int unit = begin, slot = 0; unit < end; unit += 2) {
+            take(unit, end, slot, policy, codes[0]);
+            slot = slot == RING - 1 ? 0 : slot + 1;
+            if (unit + 1 == end) break;
+            take(unit + 1, end, slot, policy, codes[1]);
+            slot = slot == RING - 1 ? 0 : slot + 1;
+        }
+    }
+};
+
+// What each thread answers for at the end: one row, and every other token.
+constexpr int PARTS = THREADS / ROWS;
+static_assert(TOKENS % PARTS == 0, "threads share the tokens equally");
+
+template <class T>
+__device__ void write(const Product& product, int tile, const float (&sums)[TOKENS / PARTS]) {
+    const int row = tile * ROWS + thread_index() % ROWS, rows = product.weight.layout.rows;
+    if (row >= rows) return;
+    const float bias = bias_at(product, row);
+#pragma unroll
+    for (int i = 0; i < TOKENS / PARTS; ++i) {
+        const int token = thread_index() / ROWS + i * PARTS;
+        if (token < product.tokens)
+            product.y[int64_t{token} * rows + row] = static_cast<uint16_t>(to_pair<T>(sums[i] + bias, 0));
+    }
+}
+
+// This thread's sums of a tile in a slot of the workspace.
+__device__ __forceinline__ float* partials_at(const Product& product, int slot) {
+    return &product.partials->value[0] + int64_t{slot} * TOKENS * ROWS + thread_index();
+}
+
+template <class T>
+__device__ void finish(const Product& product, const Segment& segment, Shared& shared) {
+    const Schedule& schedule = product.schedule;
+    const int row = thread_index() % ROWS;
+    float sums[TOKENS / PARTS];
+    sync_block();
+#pragma unroll
+    for (int i = 0; i < TOKENS / PARTS; ++i) {
+        const int token = thread_index() / ROWS + i * PARTS;
+        sums[i] = 0;
+#pragma unroll
+        for (int warp = 0; warp < COLUMN_WARPS; ++warp)
+            sums[i] += shared.own[row / TILE * COLUMN_WARPS + warp].sums[token * STRIDE + row % TILE];
+    }
+    if (!is_whole(schedule, segment)) {
+        float* own = partials_at(product, slot_of(block_index(), segment.begin == 0));
+#pragma unroll
+        for (int i = 0; i < TOKENS / PARTS; ++i)
+            if (i * PARTS < product.tokens) own[i * THREADS] = sums[i];
+        if (!is_last(product, segment.tile, &shared.word)) return;
+#pragma unroll
+        for (int i = 0; i < TOKENS / PARTS; ++i) sums[i] = 0;
+        const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
+        for (int block = first; block <= last; ++block) {
+            const float* other = partials_at(product, slot_of(block, block == first));
+#pragma unroll
+            for (int i = 0; i < TOKENS / PARTS; ++i)
+                if (i * PARTS < product.tokens) sums[i] += load_fresh(other + i * THREADS);
+        }
+    }
+    write<T>(product, segment.tile, sums);
+}
+
+template <class T, bool ZEROS>
+__global__ void __launch_bounds__(THREADS, 2) stream(Product product) {
+    let_next_begin();
+    Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+    for (int unit = first_unit(product.schedule, block_index()); has_unit(product.schedule, block_index(), unit);) {
+        const Segment segment = segment_at(product.schedule, block_index(), unit);
+        const int thread = thread_index(), warp = thread / LANES, lane = thread % LANES;
+        const int count = segment.end - segment.begin, part = warp % COLUMN_WARPS;
+        Walk<T, ZEROS> walk = {product,
+                               shared.own[warp].ring,
+                               segment.tile * ROW_WARPS + warp / COLUMN_WARPS,
+                               lane,
+                               product.weight.layout.shift == 1,
+                               {}};
+        walk.walk(segment.begin + count * part / COLUMN_WARPS, segment.begin + count * (part + 1) / COLUMN_WARPS);
+        sync_warp();  // the ring becomes room for sums
+#pragma unroll
+        for (int j = 0; j < WORDS; ++j)
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+                shared.own[warp].sums[sum_token(lane, r) * STRIDE + 16 * j + sum_row(lane, r)] = walk.sums[j][r];
+        finish<T>(product, segment, shared);
+        sync_block();  // the sums become room for the ring
+        unit = unit_after(product.schedule, segment);
+    }
+}
+
+// Two blocks fit a multiprocessor; each has at least a unit for each of its warps.
+Schedule schedule(const Layout& layout, int64_t, const Device& device) {
+    const int64_t tiles = layout.tiles / ROW_WARPS, chunks = layout.steps / STEPS;
+    const int64_t most = (tiles * chunks + COLUMN_WARPS - 1) / COLUMN_WARPS;
+    return schedule_of(tiles, chunks, min(int64_t{2} * device.processors, most));
+}
+
+int64_t tile_bytes(int64_t) { return TOKENS * ROWS * int64_t{sizeof(float)}; }
+
+int64_t start(const Product& product, int64_t kind, bool overlap, void* stream_of_task) {
+    const bool fp16 = kind == LLMQUANT_CUDA_FP16;
+    void (*const kernel)(Product) = product.weight.zeros ? fp16 ? stream<Fp16, true> : stream<Bf16, true>
+                                    : fp16               ? stream<Fp16, false>
+                                                         : stream<Bf16, false>;
+    return launch(kernel, {product.schedule.blocks, THREADS, sizeof(Shared), overlap, stream_of_task}, product);
+}
+
+}  // namespace
+
+const Path gemv = {schedule, tile_bytes, start};
+
+}  // namespace llmquant::cuda

@@ -1,0 +1,111 @@
+"""The CUDA products on the emulated device, against the definition in float64."""
+
+import itertools
+
+import pytest
+import torch
+from emulated_cuda import GEMM, GEMV, Emulator, random_weight
+from torch import Tensor
+
+from llmquant.scheme import Quantized, Scheme, dequantize
+
+SCHEMES = [Scheme(4, g, sym) for g in (32, 64, 128, -1) for sym in (True, False)]
+DTYPES = [torch.bfloat16, torch.float16]
+PATHS = {"gemv": GEMV, "gemm": GEMM}
+# One product in bf16 or fp16 of weights in that dtype is off by half a unit in the last place of y, and of each weight
+# in gemm: relative to the size of what is summed.
+ERRORS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def expected(x: Tensor, q: Quantized, scheme: Scheme, bias: Tensor | None = None) -> Tensor:
+    y = x.double() @ dequantize(q, scheme).double().T
+    return y if bias is None else y + bias.double()
+
+
+def assert_close(y: Tensor, x: Tensor, q: Quantized, scheme: Scheme, bias: Tensor | None = None) -> None:
+    size = (x.double().abs() @ dequantize(q, scheme).double().abs().T).sqrt()  # no cancellation
+    wanted = expected(x, q, scheme, bias)
+    scale = wanted.abs() + size * dequantize(q, scheme).double().abs().max().sqrt() * x.double().abs().max().sqrt()
+    assert torch.isfinite(y).all()
+    assert float(((y.double() - wanted).abs() / scale).max()) < 2 * ERRORS[x.dtype]
+
+
+def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tokens, n, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[::3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("path", "tokens"), [("gemv", 1), ("gemv", 5), ("gemv", 8), ("gemm", 9), ("gemm", 20), ("gemm", 33), ("gemm", 65)]
+)
+def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: torch.dtype, scheme: Scheme) -> None:
+    """Scales of one, and activations that are small integers: every sum is exact in fp32, so bits have to agree."""
+    emulator.emulate(3)
+    q = random_weight(scheme, 128, 320)
+    q = Quantized(q.codes, torch.ones_like(q.scales), q.zeros)
+    x = (torch.arange(tokens * 320).view(tokens, 320) * 7 % 5 - 2).to(dtype)
+    y = emulator.linear(x, emulator.pack(q, scheme, dtype), path=PATHS[path])
+    assert torch.equal(y, expected(x, q, scheme).to(dtype))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(
+    ("path", "tokens"), [("gemv", 1), ("gemv", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
+)
+def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) -> None:
+    for (m, n), dtype in zip(
+        [(1, 1), (77, 129), (200, 200), (300, 1100)][: 4 if tokens < 64 else 3], itertools.cycle(DTYPES), strict=False
+    ):
+        emulator.emulate(2)
+        q, x = random_weight(scheme, m, n), random_x(tokens, n, dtype)
+        bias = torch.randn(m).to(DTYPES[m % 2])
+        y = emulator.linear(x, emulator.pack(q, scheme, dtype), bias, PATHS[path])
+        assert_close(y, x, q, scheme, bias)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
+@pytest.mark.parametrize(("path", "tokens"), [("gemv", 2), ("gemm", 16), ("gemm", 32), ("gemm", 64), ("gemm", 140)])
+def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int, late: bool) -> None:
+    scheme = Scheme(4, 32, symmetric=False)
+    n = 640 if tokens < 64 else 256
+    q, x = random_weight(scheme, 256, n), random_x(tokens, n, torch.bfloat16)
+    packed = emulator.pack(q, scheme, x.dtype)
+    for processors in (1, 7) if tokens < 64 else (3,):
+        results = []
+        for seed in range(3):
+            emulator.emulate(processors, seed=seed, late=late)
+            results.append(emulator.linear(x, packed, path=PATHS[path], runs=2 if tokens < 64 else 1))
+        assert_close(results[0], x, q, scheme)
+        assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_weight_is_read_back(emulator: Emulator, path: str) -> None:
+    """A column of the identity at a time: 8 of them are a product of 8 tokens."""
+    scheme = Scheme(4, 64, symmetric=False)
+    emulator.emulate(2)
+    q = random_weight(scheme, 70, 136)
+    packed = emulator.pack(q, scheme, torch.float16)
+    parts = [emulator.linear(x, packed, path=PATHS[path]) for x in torch.eye(136, dtype=torch.float16).split(8)]
+    assert torch.equal(torch.cat(parts), dequantize(q, scheme).T.half())
+
+
+def test_matrices_are_read_without_conflicts(emulator: Emulator) -> None:
+    emulator.functions.llmquant_emulated_conflicts()
+    scheme = Scheme(4, 128)
+    q = random_weight(scheme, 128, 256)
+    packed = emulator.pack(q, scheme, torch.float16)
+    for path in PATHS.values():
+        emulator.linear(random_x(8, 256, torch.float16), packed, path=path)
+    assert emulator.functions.llmquant_emulated_conflicts() == 1
+
+
+def test_infinities_and_nans_stay_in_their_token(emulator: Emulator) -> None:
+    scheme = Scheme(4, 128)
+    q, x = random_weight(scheme, 128, 128), random_x(4, 128, torch.float16)
+    x[1, 5], x[2, 7] = torch.inf, torch.nan
+    for path in PATHS.values():
+        y = emulator.linear(x, emulator.pack(q, scheme, x.dtype), path=path)
+        assert torch.isfinite(y[[0, 3]]).all()
+        assert not torch.isfinite(y[[1, 2]]).any()

@@ -1,0 +1,46 @@
+"""`make cuda-check`: what it makes of the kernels, where there is a CUDA compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "cuda_check.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from cuda_check import Kernel, find_disassembler, find_nvcc  # noqa: E402
+
+
+def run(environment: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="there is no nvcc on this machine")
+@pytest.mark.skipif(find_disassembler() is None, reason="there is no cuobjdump on this machine")
+def test_kernels_compile_without_spills_and_with_their_instructions() -> None:
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    for arch in ("80", "90a"):
+        assert any(line.split()[1:2] == [arch] or f"  {arch} " in line for line in done.stdout.splitlines())
+    assert done.stdout.rstrip().endswith(" 0 with problems")
+    assert "stream<" in done.stdout
+    assert "multiply_tiles<" in done.stdout
+
+
+def test_it_says_that_there_is_no_compiler(tmp_path: Path) -> None:
+    done = run({**os.environ, "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr == "error: there is no nvcc on the PATH or in CUDA_HOME; install the CUDA toolkit\n"
+
+
+def test_problems_are_found() -> None:
+    counts = {"HMMA": 8, "LDSM": 2, "LDGSTS": 0, "LDG.128": 4, "local": 3}
+    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts)
+    assert kernel.problems("stream<Bf16, true>") == [
+        "8 bytes of stack",
+        "12 bytes spilled",
+        "3 accesses to local memory",
+        "no LDGSTS",
+    ]
+    assert Kernel("80", "_Z4pack", 20, 0, 0, dict.fromkeys(counts, 0)).problems("pack_codes") == []
