@@ -6,6 +6,7 @@ gate did not hold; 128 + n stopped by signal n. With --json, stdout holds one JS
 
 import signal
 import sys
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +14,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from llmquant import search
 from llmquant.bench.commands import app as bench_app
 from llmquant.convert import convert as run_conversion
 from llmquant.display import Display, console, print_json, results, show_plan, show_table
 from llmquant.errors import LlmquantError, RecipeError
-from llmquant.evaluate.commands import Json, evaluate
+from llmquant.evaluate.commands import DatasetName, Json, MaxWindows, TextFile, evaluate
+from llmquant.evaluate.text import Source
 from llmquant.hub import push as push_to_hub
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
-from llmquant.options import parse_ranks, parse_size
+from llmquant.options import parse_percent, parse_ranks, parse_size
 from llmquant.pipeline import Options, open_plan
 from llmquant.pipeline import quantize as run_quantize
 from llmquant.recipe import Recipe, read_yaml
@@ -97,6 +100,12 @@ def quantize(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Drop an unfinished run and start anew.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished checkpoint in OUT.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    max_increase: Annotated[str | None, typer.Option(help="Try until perplexity rises by no more, as in 5%.")] = None,
+    text_file: TextFile = None,
+    dataset: DatasetName = None,
+    max_windows: MaxWindows = None,
+    max_bits_per_weight: Annotated[float | None, typer.Option(help="Budget of such a search.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="The same, of all weight files, as in 5GB.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -124,6 +133,11 @@ def quantize(
     if dry_run:
         plan = open_plan(model, wanted, options)[1]
         print_json(plan.to_dict()) if as_json else show_plan(plan, results)
+        return
+    if max_increase is not None:
+        source, bound = Source(text_file, dataset), parse_percent(max_increase) or 0.0
+        limits = max_bits_per_weight, parse_size(max_size, "--max-size")
+        run_search(model, out, wanted, options, search.Target(bound, source, max_windows, *limits), as_json=as_json)
         return
     with Display() as display:
         plan = run_quantize(model, out, wanted, options, display)
@@ -207,6 +221,18 @@ def generate(
     typer.echo(answer.text)
     if stats:
         console.print(answer.stats())
+
+
+def run_search(
+    model: str, out: Path, recipe: Recipe, options: Options, target: search.Target, *, as_json: bool
+) -> None:
+    """Each attempt as one line on stderr, whatever becomes of it."""
+    with Display() as display:
+        attempts = search.search(model, out, recipe, options, target, display, lambda made: console.print(str(made)))
+    if as_json:
+        print_json({"out": str(out), "attempts": [asdict(attempt) for attempt in attempts]})
+    else:
+        console.print(f"[bold]{out}[/bold] keeps the bound: {attempts[-1]}")
 
 
 def merged_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:

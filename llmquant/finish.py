@@ -11,7 +11,7 @@ from llmquant.checkpoint.journal import WORK, Journal
 from llmquant.checkpoint.parts import lazy_tensors
 from llmquant.checkpoint.writer import TensorSource, copy_file, json_bytes, write_json, write_shard
 from llmquant.errors import OutputError, VerifyError
-from llmquant.manifest import LOG, MANIFEST, RECIPE, manifest_bytes, read_manifest, sealed
+from llmquant.manifest import ATTEMPTS, LOG, MANIFEST, RECIPE, manifest_bytes, read_manifest, sealed
 from llmquant.model.shell import Shell
 from llmquant.plan import Plan, quantization_config, spec_bytes
 from llmquant.verify import problems_of, verify_checkpoint
@@ -48,7 +48,7 @@ def already_finished(out: Path, fingerprint: dict[str, Any], *, overwrite: bool)
     if (out / WORK).is_dir() or not (out / MANIFEST).is_file():
         return False
     if overwrite:
-        _remove(out, ["config.json", *read_manifest(out), LOG, MANIFEST])
+        _remove(out, ["config.json", *read_manifest(out), LOG, ATTEMPTS, MANIFEST])
         return False
     if not (out / LOG).is_file() or digest_of(fingerprint).encode() not in (out / LOG).read_bytes().partition(b"\n")[0]:
         raise OutputError(f"{out}: holds a finished checkpoint of another run; use --overwrite to replace it")

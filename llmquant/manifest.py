@@ -16,6 +16,7 @@ from llmquant.errors import VerifyError
 MANIFEST = "SHA256SUMS"
 RECIPE = "llmquant_recipe.yaml"
 LOG = "llmquant_log.jsonl"
+ATTEMPTS = "llmquant_attempts.json"  # of a search; only there if one was made
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\x00-\x1f]+)\n")
 

@@ -113,6 +113,7 @@ def test_a_recipe_file_is_followed_and_options_win(tiny_checkpoint: Path, tmp_pa
         (["quantize", "{model}", "-o", "{out}", "--format", "gptq", "--asym"], 1, "asymmetric GPTQ"),
         (["quantize", "{model}", "-o", "{out}", "--device", "tpu"], 2, "use auto, cpu, cuda"),
         (["quantize", "{model}", "-o", "{out}", "--max-memory", "lots"], 2, "as in 16GB"),
+        (["quantize", "{model}", "-o", "{out}", "--max-increase", "5%"], 1, "--text-file, --dataset: give one"),
         (["quantize", "{model}"], 2, "--out"),
         (["quantise"], 2, "quantise"),
         (["verify", "{model}"], 1, "SHA256SUMS"),

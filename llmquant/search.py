@@ -1,0 +1,296 @@
+"""`llmquant quantize --max-increase`: the cheapest recipe of a ladder with which the perplexity stays within a bound.
+
+Each attempt is a whole checkpoint, measured on a text. While the bound does not hold, the next step is laid over the
+recipe that did best so far. OUT.attempts holds the best checkpoint, the one in progress, and a record of all: a search
+that was stopped goes on from there, and one with another bound or budget starts with what was measured already.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from llmquant.checkpoint import durable
+from llmquant.checkpoint.strict_json import parse_object
+from llmquant.checkpoint.writer import json_bytes, write_json
+from llmquant.errors import GateError, OutputError
+from llmquant.evaluate.bootstrap import intervals
+from llmquant.evaluate.fit import open_models
+from llmquant.evaluate.perplexity import Perplexity, perplexity
+from llmquant.evaluate.protocol import Request
+from llmquant.evaluate.run import cut_for
+from llmquant.evaluate.text import Source
+from llmquant.manifest import ATTEMPTS, LOG, MANIFEST
+from llmquant.observer import Observer
+from llmquant.pipeline import Options, open_plan, quantize
+from llmquant.plan import Plan
+from llmquant.recipe import PRESETS, Override, Recipe, SolverRecipe
+from llmquant.version import __version__
+
+SHARES = (0.125, 0.25, 0.5, 1.0)  # of the weights, that get 8 bits
+Errors = dict[str, float]  # of each linear, relative, at its outputs
+
+
+class Target(NamedTuple):
+    """What is to be reached, on which text, and what it may cost."""
+
+    max_increase: float  # of perplexity over the original's, a fraction
+    source: Source
+    max_windows: int | None = None
+    max_bits: float | None = None  # per weight of the quantized linears
+    max_bytes: int | None = None  # of all weight files
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One checkpoint that was made, or was not because it would be too large."""
+
+    name: str
+    recipe: dict[str, Any]
+    bits_per_weight: float
+    bytes: int
+    perplexity: float | None = None  # None: over the budget, not made
+    increase: float | None = None
+    interval: tuple[float, float] | None = None  # of the increase
+    seconds: float = 0.0
+    errors: Errors = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json_bytes(self.recipe)).hexdigest()[:12]
+
+    def __str__(self) -> str:
+        size = f"{self.name}: {self.bits_per_weight:.2f} bits per weight, {self.bytes / 1e6:.1f} MB"
+        if self.increase is None:
+            return f"{size}, over the budget: not tried"
+        around = f" ({self.interval[0]:+.2%} to {self.interval[1]:+.2%})" if self.interval else ""
+        return f"{size}, perplexity {self.perplexity:.2f}, {self.increase:+.2%}{around}, {self.seconds:.0f} s"
+
+
+class Search:
+    """One search and what it has on the disk.
+
+    Attributes:
+        attempts: in the order in which they were made; those of earlier searches for the same thing among them.
+    """
+
+    def __init__(self, model: str, out: Path, options: Options, target: Target, observer: Observer) -> None:
+        """Raises OutputError if `out` holds something else."""
+        self._out, self._work = out, out.parent / f"{out.name}.attempts"
+        self._model, self._target, self._observer = model, target, observer
+        self._options, self._overwrite = replace(options, overwrite=False), options.overwrite
+        self._shell, _ = open_plan(model, Recipe(), self._options)
+        text = target.source.read()
+        limit = getattr(self._shell.config.get_text_config(), "max_position_embeddings", None)
+        length = min(Request().length, limit or Request().length)
+        request = Request(seq_len=length, max_windows=target.max_windows)
+        self._text = cut_for(self._shell.source.root, text, request, torch.float32)
+        self._baseline: Perplexity | None = None
+        self._head = {
+            "input": self._shell.source.fingerprint(),
+            "protocol": str(self._text.protocol),
+            "llmquant": __version__,
+        }
+        self.attempts: list[Attempt] = []
+        self._take_up()
+
+    @property
+    def best(self) -> Attempt | None:
+        """The one that lost least; of equals the first."""
+        tried = [attempt for attempt in self.attempts if attempt.increase is not None and self._within(attempt)]
+        return min(tried, key=lambda attempt: attempt.increase or 0.0, default=None)
+
+    @property
+    def held(self) -> Attempt | None:
+        """The first that keeps the bound."""
+        best = self.best
+        return best if best is not None and (best.increase or 0.0) <= self._target.max_increase else None
+
+    def plan(self, recipe: Recipe) -> Plan:
+        return open_plan(self._model, recipe, self._options)[1]
+
+    def attempt(self, name: str, recipe: Recipe) -> Attempt:
+        """Make and measure a checkpoint, unless that was done already."""
+        plan = self.plan(recipe)
+        made = Attempt(name, recipe.model_dump(mode="json"), plan.bits_per_weight(), plan.bytes_out)
+        known = next((a for a in self.attempts if a.digest == made.digest and a.increase is not None), None)
+        if known is not None:
+            return known
+        if self._within(made):
+            started = perf_counter()
+            self._clear(keep=made)
+            directory = self._work / made.digest
+            quantize(self._model, directory, recipe, self._options, self._observer)
+            made = replace(self._measured(made), seconds=perf_counter() - started, errors=errors_of(directory))
+        self.attempts.append(made)
+        self._record()
+        return made
+
+    def _record(self) -> None:
+        write_json(self._work / ATTEMPTS, {"head": self._head, "attempts": [asdict(a) for a in self.attempts]})
+
+    def finish(self) -> None:
+        """Put the best checkpoint, and the record, in the place of OUT."""
+        best = self.best
+        self._clear()
+        if best is None:
+            return
+        with durable.reported(self._out):
+            if (self._work / ATTEMPTS).exists():
+                shutil.copyfile(self._work / ATTEMPTS, self._work / best.digest / ATTEMPTS)
+            if self._out.exists():
+                shutil.rmtree(self._out)
+            durable.replace(self._work / best.digest, self._out)
+            shutil.rmtree(self._work)
+
+    def _within(self, attempt: Attempt) -> bool:
+        bits, size = self._target.max_bits, self._target.max_bytes
+        return not (bits and attempt.bits_per_weight > bits) and not (size and attempt.bytes > size)
+
+    def _measured(self, made: Attempt) -> Attempt:
+        if self._baseline is None:
+            self._baseline = self._read(self._shell.source.root)
+        found = self._read(self._work / made.digest)
+        figures = torch.stack([found.nll, self._baseline.nll])
+        ends = intervals(figures, {"increase": lambda mean: (mean[0] - mean[1]).exp() - 1})
+        increase = found.value / self._baseline.value - 1
+        return replace(made, perplexity=found.value, increase=increase, interval=ends.get("increase"))
+
+    def _read(self, directory: Path) -> Perplexity:
+        (model,) = open_models([directory], self._text, torch.float32)
+        return perplexity(model, self._text)
+
+    def _clear(self, keep: Attempt | None = None) -> None:
+        """Remove all checkpoints but the best one and `keep`."""
+        kept = {attempt.digest for attempt in (self.best, keep) if attempt}
+        with durable.reported(self._work):
+            for path in self._work.iterdir():
+                if path.is_dir() and path.name not in kept:
+                    shutil.rmtree(path)
+
+    def _take_up(self) -> None:
+        """What an earlier search for the same thing left, in OUT.attempts or, if it came to an end, in OUT."""
+        finished = (self._out / MANIFEST).is_file()
+        if self._out.exists() and not finished and any(self._out.iterdir()):
+            raise OutputError(f"{self._out}: holds something that is no checkpoint of llmquant; choose another -o")
+        with durable.reported(self._work):
+            if not self._options.resume and self._work.exists():
+                shutil.rmtree(self._work)
+            durable.make_directory(self._work)
+            self.attempts = self._recorded(self._work)
+            ended = [] if self.attempts else self._recorded(self._out)
+            if ended:
+                self.attempts = ended
+                self._record()
+                if self.best is not None:
+                    durable.replace(self._out, self._work / self.best.digest)
+            elif finished and not self._overwrite:
+                self._work.rmdir()
+                raise OutputError(f"{self._out}: holds a finished checkpoint; use --overwrite to replace it")
+
+    def _recorded(self, directory: Path) -> list[Attempt]:
+        path = directory / ATTEMPTS
+        record = parse_object(path.read_bytes(), path) if path.is_file() else {}
+        return [Attempt(**attempt) for attempt in record["attempts"]] if record.get("head") == self._head else []
+
+
+def errors_of(directory: Path) -> Errors:
+    """What the log of a finished run says of each linear."""
+    records = map(json.loads, (directory / LOG).read_bytes().splitlines())
+    return {record["module"]: record["error"] for record in records if "module" in record}
+
+
+def search(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    options: Options,
+    target: Target,
+    observer: Observer,
+    told: Callable[[Attempt], None],
+) -> list[Attempt]:
+    """Climb the ladder until the bound holds; `out` is then that checkpoint, and the last attempt says what it took.
+
+    Raises:
+        GateError: the ladder or the budget ended first; `out` is the best checkpoint that was found, if any.
+    """
+    found = Search(model, out, options, target, observer)
+    for attempt in climb(found, recipe):
+        told(attempt)
+        if found.held:
+            break
+    found.finish()
+    if found.held:
+        return found.attempts
+    best = found.best
+    kept = f"the best, in {out}: {best}" if best else "none is within the budget"
+    raise GateError(f"--max-increase {target.max_increase:.2%}: not reached in {len(found.attempts)} attempts; {kept}")
+
+
+def climb(found: Search, recipe: Recipe) -> Iterator[Attempt]:
+    """Attempts at a rising price, each a step on top of what did best before; one that changes nothing is left out."""
+    base = found.attempt("as asked", recipe)
+    yield base
+    for name, step in STEPS.items():
+        before = Recipe.from_dict(base.recipe)
+        if (wanted := step(before)) != before:
+            made = found.attempt(name, wanted)
+            base = min(base, made, key=lambda attempt: math.inf if attempt.increase is None else attempt.increase)
+            yield made
+    uniform = Recipe.from_dict(base.recipe)
+    if uniform.scheme.bits < 8:
+        plan = found.plan(uniform)
+        for share in SHARES:
+            yield found.attempt(f"8 bits for {share:.0%} of the weights", more_bits(uniform, plan, base.errors, share))
+
+
+def more_calibration(recipe: Recipe) -> Recipe:
+    wanted = recipe.calibration.model_copy(update={"samples": 2 * recipe.calibration.samples})
+    return recipe.model_copy(update={"calibration": wanted}) if recipe.calibrated else recipe
+
+
+def groups_of(size: int) -> Callable[[Recipe], Recipe]:
+    def step(recipe: Recipe) -> Recipe:
+        if 0 < recipe.scheme.group_size <= size:
+            return recipe
+        return recipe.model_copy(update={"scheme": replace(recipe.scheme, group_size=size)})
+
+    return step
+
+
+def best_method(recipe: Recipe) -> Recipe:
+    """What the preset `best` stands for, without its name: overrides and lengths stay."""
+    solver = SolverRecipe(**(recipe.solver.model_dump() | PRESETS["best"]["solver"]))
+    return recipe.model_copy(update={"method": "auto", "solver": solver})
+
+
+STEPS: dict[str, Callable[[Recipe], Recipe]] = {
+    "twice the calibration text": more_calibration,
+    "groups of 64": groups_of(64),
+    "groups of 32": groups_of(32),
+    "trained rounding": best_method,
+}
+
+
+def more_bits(recipe: Recipe, plan: Plan, errors: Errors, share: float) -> Recipe:
+    """8 bits for the linears with the largest errors, until they are `share` of the weights.
+
+    Those that share an input go together, because servers fuse them.
+    """
+    stacks = [stack for unit in plan.units for stack in unit.stacks]
+    weights = [sum(linear.m * linear.n for linear in stack.linears) for stack in stacks]
+    worst = [max(errors.get(linear.name, 0.0) for linear in stack.linears) for stack in stacks]
+    room, overrides = share * sum(weights), list(recipe.overrides)
+    for i in sorted(range(len(stacks)), key=lambda i: -worst[i]):
+        if room <= 0:
+            break
+        room -= weights[i]
+        overrides += [Override(match=linear.name, bits=8) for linear in stacks[i].linears]
+    return recipe.model_copy(update={"overrides": tuple(overrides)})
