@@ -4,9 +4,16 @@ import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from emulated_cuda import SOURCES, Emulator
+
+from llmquant import native
+from llmquant.kernels import cuda
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +44,20 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
             subprocess.run([compiler, *options, *sources, "-o", str(unfinished)], check=True)
             unfinished.rename(library)
     return Emulator(library)
+
+
+@pytest.fixture
+def emulated_library(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[native.CudaLibrary]:
+    """`kernels.cuda` with the emulated device in the place of a GPU: memory is the CPU's, and there is one stream."""
+    emulator.emulate()
+    monkeypatch.setattr(native, "CUDA_LIBRARY", Path(emulator.functions._name))
+    opened = native.CudaLibrary()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=None))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cuda, "_library", lambda: opened)
+    known = cuda.shapes, cuda._needs
+    for cached in known:
+        cached.cache_clear()
+    yield opened
+    for cached in known:
+        cached.cache_clear()

@@ -1,12 +1,7 @@
 """kernels/cuda.py with csrc/cuda compiled for the CPU: what it hands over, and what it makes of the answers."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
-from emulated_cuda import Emulator
 from kernel_cases import relative_error, weight
 
 from llmquant import native
@@ -20,20 +15,8 @@ BOUND = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.fixture(autouse=True)
-def library(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[native.CudaLibrary]:
-    """In the place of a GPU: its memory is that of the CPU, and there is one stream."""
-    emulator.emulate()
-    monkeypatch.setattr(native, "CUDA_LIBRARY", Path(emulator.functions._name))
-    opened = native.CudaLibrary()
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=None))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(cuda, "_library", lambda: opened)
-    known = cuda.shapes, cuda._needs
-    for cached in known:
-        cached.cache_clear()
-    yield opened
-    for cached in known:
-        cached.cache_clear()
+def library(emulated_library: native.CudaLibrary) -> native.CudaLibrary:
+    return emulated_library
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (70, 150), (129, 33)], ids=str)
@@ -55,6 +38,18 @@ def test_scales_that_no_kernel_can_hold_are_refused() -> None:
 def test_what_the_library_refuses_is_said(library: native.CudaLibrary) -> None:
     with pytest.raises(RuntimeError, match="llmquant_cuda_sizes: "):
         cuda.shapes(0, 32, Scheme(4, 32))
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(("m", "n", "tokens"), [(64, 128, 1), (70, 150, 5), (129, 33, 20)])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_products(scheme: Scheme, m: int, n: int, tokens: int, dtype: torch.dtype) -> None:
+    """Columns that 16 bytes do not divide, scales in another dtype than x, a bias in a third one."""
+    w, bias = weight(scheme, m, n), torch.linspace(-1, 1, m)
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = cuda.linear(x, cuda.pack(w.q, scheme), bias, m, scheme)
+    assert y.dtype == dtype
+    assert relative_error(y, x.double() @ w.real.T + bias.double()) < BOUND[dtype]
 
 
 def test_products_in_graphs_share_no_tickets(monkeypatch: pytest.MonkeyPatch) -> None:
