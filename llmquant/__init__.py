@@ -8,6 +8,7 @@ formats/      packed layouts: compressed-tensors, GPTQ, AWQ
 convert/      a packed checkpoint in another layout
 kernels/      INT4 matmul: the definition and the C++ path
 runtime/      a packed checkpoint as a transformers model
+sensitivity/  which linears hurt; mixed precision under a budget
 evaluate/     perplexity, KL divergence, agreement
 
 plan.py decides everything, pipeline.py does it, unit by unit (unit.py), verify.py proves it.
@@ -20,6 +21,7 @@ from llmquant.version import __version__
 
 _HOMES = {  # imported on first use: `import llmquant` stays quick
     "quantize": "pipeline",
+    "sense": "pipeline",
     "Options": "pipeline",
     "Recipe": "recipe",
     "Scheme": "scheme",

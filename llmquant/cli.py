@@ -24,10 +24,11 @@ from llmquant.evaluate.text import Source
 from llmquant.hub import push as push_to_hub
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
 from llmquant.options import parse_percent, parse_ranks, parse_size
-from llmquant.pipeline import Options, open_plan
+from llmquant.pipeline import Options, preview, sense
 from llmquant.pipeline import quantize as run_quantize
 from llmquant.recipe import Recipe, read_yaml
 from llmquant.runtime.generate import generate as run_generate
+from llmquant.sensitivity.tables import show_sensitivity
 from llmquant.verify import verify_checkpoint
 
 app = typer.Typer(
@@ -41,6 +42,12 @@ app.add_typer(bench_app, name="bench")
 app.command(name="eval")(evaluate)
 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+
+
+TargetBits = Annotated[float | None, typer.Option(help="Mixed precision: bits per weight to keep to, as in 4.5.")]
+TargetSize = Annotated[str | None, typer.Option(help="Mixed precision: a size of the checkpoint, as in 4.8GB.")]
+TargetKl = Annotated[float | None, typer.Option(help="Mixed precision: a KL divergence not to exceed, predicted.")]
+MixedChoices = Annotated[str | None, typer.Option(help="Bits that it chooses from. (default: 4,8,16; 16 keeps)")]
 
 
 class Method(str, Enum):
@@ -92,6 +99,10 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. (default: 128)")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in each of them. (default: 512)")] = None,
     tensor_parallel: Annotated[str | None, typer.Option(help="Ranks to check for, as in 1,2,4,8.")] = None,
+    target_bits: TargetBits = None,
+    target_size: TargetSize = None,
+    target_kl: TargetKl = None,
+    choices: MixedChoices = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file; options given here override it.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. (default: 0)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -120,6 +131,7 @@ def quantize(
             "tensor_parallel": parse_ranks(tensor_parallel),
             "scheme": {"bits": bits, "group_size": group_size, "symmetric": sym},
             "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len},
+            "target": target_of(target_bits, target_size, target_kl, choices),
         },
     )
     options = Options(
@@ -131,7 +143,8 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
-        plan = open_plan(model, wanted, options)[1]
+        with Display() as display:
+            plan = preview(model, wanted, options, display)
         print_json(plan.to_dict()) if as_json else show_plan(plan, results)
         return
     if max_increase is not None:
@@ -163,6 +176,43 @@ def convert(
     for note in made.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"[bold]{out}[/bold] is complete and verified: {made.linears} linears, {made.source} -> {made.to}")
+
+
+@app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="An original checkpoint, or a Hub name.")],
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file; its overrides stay as they are.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for per-channel. (default: 128)")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point fixed or free. (default: --sym)")] = None,
+    calibration: Annotated[str | None, typer.Option(help="As in quantize; 32 sequences are enough.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences, at most 32 of them are used.")] = 32,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in each of them. (default: 512)")] = None,
+    target_bits: TargetBits = None,
+    target_size: TargetSize = None,
+    target_kl: TargetKl = None,
+    choices: MixedChoices = None,
+    true_kl: Annotated[bool, typer.Option("--true-kl", help="Measure each layer by itself, too.")] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the recommended recipe here.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show which linears hurt, and recommend mixed precision for a target."""
+    target = target_of(target_bits, target_size, target_kl, choices)
+    if (out or choices) and not any(target[key] for key in ("bits", "size", "kl")):
+        raise typer.BadParameter("a recipe needs a target; give --target-bits, --target-size or --target-kl")
+    given = {
+        "scheme": {"group_size": group_size, "symmetric": sym},
+        "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len},
+        "target": target,
+    }
+    options = Options(device=resolve_device(device), trust_remote_code=trust_remote_code)
+    with Display() as display:
+        found, mixture = sense(model, merged_recipe(recipe, given), options, display, isolated=true_kl)
+    if out and mixture:
+        out.write_text(mixture.recipe.to_yaml(), encoding="utf-8")
+    recommended = mixture.to_dict() if mixture else {}
+    print_json(found.to_dict() | recommended) if as_json else show_sensitivity(found, mixture)
 
 
 @app.command()
@@ -259,6 +309,15 @@ def resolve_device(device: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
     return device
+
+
+def target_of(bits: float | None, size: str | None, kl: float | None, choices: str | None) -> dict[str, Any]:
+    """The recipe's `target` from the options."""
+    try:
+        listed = None if choices is None else [int(part) for part in choices.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--choices {choices}: write bits and commas, as in 4,8,16") from error
+    return {"bits": bits, "size": parse_size(size, "--target-size"), "kl": kl, "choices": listed}
 
 
 class Stopped(BaseException):

@@ -6,7 +6,15 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from llmquant.calibration.batches import Calibration
@@ -31,6 +39,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
+        self._sensing: TaskID | None = None
         self._last: list[dict[str, Any]] = []
 
     def __enter__(self) -> "Display":
@@ -38,6 +47,13 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def sensed(self, layer: str, left: int) -> None:
+        if self._sensing is None:
+            console.print("sensitivity: once through the model and back")
+            self._sensing = self._progress.add_task("", total=left + 1, where="", detail="sensitivity")
+            self._progress.start()
+        self._progress.update(self._sensing, advance=1, where=layer, visible=left > 0)
 
     def planned(self, plan: Plan, calibration: Calibration | None, done: int) -> None:
         show_plan(plan)

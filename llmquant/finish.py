@@ -9,10 +9,10 @@ from llmquant.card import origin_of
 from llmquant.checkpoint import durable
 from llmquant.checkpoint.journal import WORK, Journal
 from llmquant.checkpoint.parts import lazy_tensors
+from llmquant.checkpoint.reader import Checkpoint
 from llmquant.checkpoint.writer import TensorSource, copy_file, json_bytes, write_json, write_shard
 from llmquant.errors import OutputError, VerifyError
-from llmquant.manifest import ATTEMPTS, LOG, MANIFEST, RECIPE, manifest_bytes, read_manifest, sealed
-from llmquant.model.shell import Shell
+from llmquant.manifest import ATTEMPTS, LOG, MANIFEST, MIXTURE, RECIPE, manifest_bytes, read_manifest, sealed
 from llmquant.plan import Plan, quantization_config, spec_bytes
 from llmquant.verify import problems_of, verify_checkpoint
 
@@ -65,7 +65,7 @@ def digest_of(fingerprint: dict[str, Any]) -> str:
 def clear(out: Path) -> None:
     """Remove what an earlier run left in a directory whose journal begins anew; config.json first."""
     weights = sorted(path.name for path in out.glob("model*.safetensors"))
-    _remove(out, ["config.json", MANIFEST, LOG, RECIPE, INDEX, *weights])
+    _remove(out, ["config.json", MANIFEST, LOG, RECIPE, INDEX, MIXTURE, *weights])
 
 
 def _remove(out: Path, names: list[str]) -> None:
@@ -75,15 +75,21 @@ def _remove(out: Path, names: list[str]) -> None:
                 durable.remove(out / name)
 
 
-def finish(out: Path, plan: Plan, shell: Shell, calibration: Calibration | None, journal: Journal) -> None:
-    """Make a whole of the units' shards, and verify it before the journal goes.
+def finish(
+    out: Path,
+    plan: Plan,
+    calibration: Calibration | None,
+    fingerprint: dict[str, Any],
+    source: Checkpoint,
+    journal: Journal,
+) -> None:
+    """Make a whole of the units' shards, and verify it before the journal goes. `fingerprint` is the run's.
 
     Every step can be repeated, so that a run killed here finishes the same way.
 
     Raises:
         VerifyError: the directory is not as planned; it is left without config.json.
     """
-    source = shell.source
     digests = _weights(out, plan, journal)
     digests |= {name: copy_file(source.root / name, out / name) for name in source.side_files()}
     config = source.config | {"quantization_config": quantization_config(plan)}
@@ -91,7 +97,7 @@ def finish(out: Path, plan: Plan, shell: Shell, calibration: Calibration | None,
         digests["quantize_config.json"] = write_json(out / "quantize_config.json", config["quantization_config"])
     digests[RECIPE] = durable.write_file(out / RECIPE, [plan.recipe.to_yaml().encode()])
     digests["config.json"] = hashlib.sha256(json_bytes(config)).hexdigest()
-    durable.write_file(out / LOG, [sealed(_log_lines(plan, shell, calibration, journal))])
+    durable.write_file(out / LOG, [sealed(_log_lines(plan, source, calibration, fingerprint, journal))])
     durable.write_file(out / MANIFEST, [manifest_bytes(digests)])
     write_json(out / "config.json", config)
     if problems := problems_of(out):
@@ -118,13 +124,15 @@ def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:
     return digests | {INDEX: write_json(out / INDEX, index)}
 
 
-def _log_lines(plan: Plan, shell: Shell, calibration: Calibration | None, journal: Journal) -> list[dict[str, Any]]:
+def _log_lines(
+    plan: Plan, source: Checkpoint, calibration: Calibration | None, fingerprint: dict[str, Any], journal: Journal
+) -> list[dict[str, Any]]:
     """The run's records: one line for the whole, one per module, one per trained layer."""
     tokens = calibration.tokens if calibration else {}
     notes = [*plan.notes, *(calibration.notes if calibration else ())]
     head = {
-        "fingerprint": digest_of(plan.fingerprint(shell, calibration)),
-        "origin": {"model_type": plan.model_type, **origin_of(shell.source.root)},
+        "fingerprint": digest_of(fingerprint),
+        "origin": {"model_type": plan.model_type, **origin_of(source.root)},
         "calibration_tokens": tokens,
         "sequences": calibration.sequences if calibration else 0,
         "notes": notes,

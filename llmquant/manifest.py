@@ -17,6 +17,7 @@ MANIFEST = "SHA256SUMS"
 RECIPE = "llmquant_recipe.yaml"
 LOG = "llmquant_log.jsonl"
 ATTEMPTS = "llmquant_attempts.json"  # of a search; only there if one was made
+MIXTURE = ".llmquant/mixture.json"  # of a run that is not finished: what its target was settled to
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\x00-\x1f]+)\n")
 

@@ -12,11 +12,14 @@ from llmquant.checkpoint.journal import Journal
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.finish import already_finished, check_output, clear, finish
 from llmquant.kernels.attention import use_attention
+from llmquant.manifest import MIXTURE, RECIPE
 from llmquant.memory import return_large_blocks
 from llmquant.model.shell import Shell
 from llmquant.observer import Observer, Silent
 from llmquant.plan import Plan, check_original, make_plan
 from llmquant.recipe import Recipe
+from llmquant.sensitivity.measure import Sensitivity, measure
+from llmquant.sensitivity.mixed import Mixture, mix, settle
 from llmquant.unit import Workplace, process, replay
 
 
@@ -50,6 +53,27 @@ def open_plan(model: str | Path, recipe: Recipe, options: Options = HERE) -> tup
     return shell, make_plan(recipe, shell, options.max_memory)
 
 
+def preview(model: str | Path, recipe: Recipe, options: Options = HERE, observer: Observer = SILENT) -> Plan:
+    """What `quantize` would do; its target, if there is one, is measured for. Nothing is written."""
+    shell, plan = open_plan(model, recipe, options)
+    return settle(plan, shell, prepare(recipe, shell), noticed=observer.sensed) if recipe.target else plan
+
+
+def sense(
+    model: str | Path,
+    recipe: Recipe,
+    options: Options = HERE,
+    observer: Observer = SILENT,
+    *,
+    isolated: bool = False,
+) -> tuple[Sensitivity, Mixture | None]:
+    """What each scheme would cost each linear, and the mixed precision for the recipe's target, if it has one."""
+    shell, plan = open_plan(model, recipe, options)
+    batches = prepare(recipe, shell).batches
+    found = measure(recipe, shell, batches, isolated=isolated, noticed=observer.sensed)
+    return found, mix(found, plan, shell, recipe.target) if recipe.target else None
+
+
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -68,13 +92,15 @@ def quantize(
     out = Path(out)
     shell, plan = open_plan(model, recipe, options)
     check_output(out, shell.source.root)
-    calibration = prepare(recipe, shell) if recipe.calibrated else None
+    calibration = prepare(recipe, shell) if recipe.calibrated or recipe.target else None
     fingerprint = plan.fingerprint(shell, calibration)
     if already_finished(out, fingerprint, overwrite=options.overwrite):
-        return plan
+        return make_plan(Recipe.from_yaml(out / RECIPE), shell) if recipe.target else plan
     with Journal.open(out, fingerprint, resume=options.resume) as journal:
         if not journal.records:
             clear(out)
+        if calibration:
+            plan = settle(plan, shell, calibration, out / MIXTURE, observer.sensed)
         observer.planned(plan, calibration, done=len(journal.records))
         place = Workplace(plan, shell, open_stream(plan, shell, calibration, out), out)
         for number, unit in enumerate(plan.units):
@@ -83,13 +109,13 @@ def quantize(
             else:
                 journal.commit(process(unit, place, observer))
             observer.finished(unit)
-        finish(out, plan, shell, calibration, journal)
+        finish(out, plan, calibration, fingerprint, shell.source, journal)
     return plan
 
 
 def open_stream(plan: Plan, shell: Shell, calibration: Calibration | None, out: Path) -> Stream | None:
     """The calibration text at the first layer; twice, where the original model's activations are aimed at."""
-    if calibration is None:
+    if calibration is None or not plan.recipe.calibrated:
         return None
     solver = plan.recipe.solver
     compared = bool(solver.correction or solver.train)

@@ -140,10 +140,9 @@ class Plan:
         stored = weights = 0
         for linear in self.linears:
             if linear.scheme:
-                specs = FORMATS[self.recipe.format].specs("", linear.m, linear.n, linear.scheme, torch.bfloat16)
-                stored += sum(spec_bytes(spec) for name, spec in specs.items() if name not in NOT_WEIGHT)
+                stored += stored_bits(linear.m, linear.n, linear.scheme, self.recipe.format)
                 weights += linear.m * linear.n
-        return 8 * stored / weights
+        return stored / weights
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -215,6 +214,12 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 def spec_bytes(spec: Spec) -> int:
     dtype, shape = spec
     return dtype.itemsize * torch.Size(shape).numel()
+
+
+def stored_bits(m: int, n: int, scheme: Scheme, format: str) -> int:
+    """Of codes, scales and zero points of a linear."""
+    specs = FORMATS[format].specs("", m, n, scheme, torch.bfloat16)
+    return 8 * sum(spec_bytes(spec) for name, spec in specs.items() if name not in NOT_WEIGHT)
 
 
 def check_original(source: Checkpoint) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from llmquant.errors import RecipeError
-from llmquant.scheme import Scheme
+from llmquant.scheme import BITS, Scheme
 
 Method = Literal["rtn", "awq", "gptq", "awq+gptq", "auto"]
 Format = Literal["compressed-tensors", "gptq", "awq"]
@@ -46,6 +46,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "best": {"solver": {"refine": 1, "train": 40}},
 }
+
+
+class Target(_Strict):
+    """What mixed precision is to reach: exactly one of bits, size and KL. Linears that an override matches stay as it
+    says; each of the others gets the bits and the group size that lose least, linears that share an input alike."""
+
+    bits: float | None = Field(default=None, gt=0)  # per weight of the layers' linears, scales included
+    size: int | None = Field(default=None, gt=0)  # of all tensors of the checkpoint, in bytes
+    kl: float | None = Field(default=None, gt=0)  # from the original, predicted, in nats
+    choices: tuple[int, ...] = (4, 8, 16)  # bits to choose from; 16: the linear is kept as it is
+
+    @model_validator(mode="after")
+    def _one(self) -> "Target":
+        if sum(value is not None for value in (self.bits, self.size, self.kl)) != 1:
+            raise ValueError("give exactly one of bits, size and kl")
+        if not self.choices or not set(self.choices) <= {*BITS, 16}:
+            raise ValueError(f"choices {self.choices}: choose from {(*BITS, 16)}")
+        return self
 
 
 class Override(_Strict):
@@ -88,6 +106,7 @@ class Recipe(_Strict):
     solver: SolverRecipe = SolverRecipe()
     overrides: tuple[Override, ...] = ()
     tensor_parallel: tuple[PositiveInt, ...] = ()  # numbers of ranks that servers will use: checked, not changed by
+    target: Target | None = None  # set: bits and group sizes are measured for, and stand in `overrides` afterwards
     seed: int = 0
 
     @property
@@ -152,7 +171,7 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-MODELS = (Recipe, CalibrationRecipe, SolverRecipe, Override)
+MODELS = (Recipe, CalibrationRecipe, SolverRecipe, Override, Target)
 KEYS = sorted({name for model in MODELS for name in model.model_fields})
 
 

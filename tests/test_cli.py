@@ -103,6 +103,20 @@ def test_a_recipe_file_is_followed_and_options_win(tiny_checkpoint: Path, tmp_pa
     assert json.loads(done.stdout)["recipe"]["scheme"] == {"bits": 8, "group_size": 32, "symmetric": True}
 
 
+def test_sensitivity_recommends_a_recipe_that_quantize_takes(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    calibrated = ["--calibration", text, "--samples", 4, "--seq-len", 32]
+    written = tmp_path / "mixed.yaml"
+    done = llmquant("sensitivity", tiny_checkpoint, *calibrated, "--target-bits", 5, "-o", written, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert len(facts["linears"]) == 14
+    assert facts["recommended"]["bits_per_weight"] <= 5
+    dry = llmquant("quantize", tiny_checkpoint, "-o", tmp_path / "out", "--recipe", written, "--dry-run", "--json")
+    assert 4.5 < json.loads(dry.stdout)["bits_per_weight"] <= 5
+    table = llmquant("sensitivity", tiny_checkpoint, *calibrated)
+    assert "model.layers.1.mlp.down_proj" in table.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -114,6 +128,9 @@ def test_a_recipe_file_is_followed_and_options_win(tiny_checkpoint: Path, tmp_pa
         (["quantize", "{model}", "-o", "{out}", "--device", "tpu"], 2, "use auto, cpu, cuda"),
         (["quantize", "{model}", "-o", "{out}", "--max-memory", "lots"], 2, "as in 16GB"),
         (["quantize", "{model}", "-o", "{out}", "--max-increase", "5%"], 1, "--text-file, --dataset: give one"),
+        (["quantize", "{model}", "-o", "{out}", "--target-size", "lots"], 2, "as in 16GB"),
+        (["quantize", "{model}", "-o", "{out}", "--target-bits", "5", "--target-kl", "1"], 1, "exactly one of"),
+        (["sensitivity", "{model}", "-o", "{out}"], 2, "a recipe needs a target"),
         (["quantize", "{model}"], 2, "--out"),
         (["quantise"], 2, "quantise"),
         (["verify", "{model}"], 1, "SHA256SUMS"),

@@ -1,8 +1,8 @@
 """The calibration activations on their way through the model, one layer after another."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -68,17 +68,22 @@ class Stream:
         inside = tuple(f"{layer.name}." for layer in layers)
         outside = [name for name in self._shell.part(prefix) if not name.startswith(inside)]
         hidden: list[Tensor] = []
-        for layer in layers:
-            module = self._layers[layer.name]
-            module.forward = MethodType(self._recorder(layer, hidden, first=layer is layers[0]), module)
+        recorders = {layer.name: self._recorder(layer, hidden, first=layer is layers[0]) for layer in layers}
+        with self.replaced(recorders), self._shell.filled(outside):
+            for batch in batches:
+                base(input_ids=batch.input_ids.to(self._shell.device), use_cache=False)
+        return hidden
+
+    @contextmanager
+    def replaced(self, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+        """Other forward passes in the place of the layers' own, by layer, for the length of a `with` block."""
+        for name, module in self._layers.items():
+            module.forward = MethodType(forwards[name], module)
         try:
-            with self._shell.filled(outside):
-                for batch in batches:
-                    base(input_ids=batch.input_ids.to(self._shell.device), use_cache=False)
+            yield
         finally:
             for module in self._layers.values():
                 del module.forward
-        return hidden
 
     def _recorder(self, layer: Layer, hidden: list[Tensor], *, first: bool) -> Callable[..., Any]:
         def forward(module: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -134,16 +134,17 @@ def awq(problem: Problem, W: Tensor) -> Solution:
 
 
 def gptq(problem: Problem, W: Tensor) -> Solution:
-    return _gptq(problem, W, problem.known, problem.factor)
+    return factored_gptq(problem, W, problem.known, problem.factor)
 
 
 def awq_gptq(problem: Problem, W: Tensor) -> Solution:
     """GPTQ on the scaled columns."""
     s = problem.scales
-    return _gptq(problem, W if s is None else W * s, *problem.scaled)._replace(method="awq+gptq", fold=s)
+    return factored_gptq(problem, W if s is None else W * s, *problem.scaled)._replace(method="awq+gptq", fold=s)
 
 
-def _gptq(problem: Problem, W: Tensor, H: Tensor, factor: Factor) -> Solution:
+def factored_gptq(problem: Problem, W: Tensor, H: Tensor, factor: Factor) -> Solution:
+    """GPTQ with the factor of H at hand: that of the problem, or of another whose groups are as wide."""
     if problem.choices.weight == "pivot":
         weight = torch.empty_like(H.diagonal()).index_copy_(0, factor.order, factor.U.diagonal().square().reciprocal())
     else:

@@ -1,0 +1,152 @@
+"""The calibration text once forwards through the original model and once backwards, one layer in memory at a time.
+
+What comes back is the gradient of the model's own uncertainty: labels are drawn from what the model predicts, so that
+the mean of products of these gradients is the Fisher information, the second derivative of the KL divergence between
+the model and a slightly changed one (Kunstner et al., Limitations of the empirical Fisher approximation, 2019).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmquant.calibration.batches import Batch
+from llmquant.calibration.spool import Spool
+from llmquant.calibration.stream import Stream
+from llmquant.model.layout import Group, Layer
+from llmquant.model.shell import Shell, place, tied_names
+
+
+class Tap(NamedTuple):
+    """Linears that share an input, while one batch goes back through their layer; tokens that count only."""
+
+    group: Group
+    x: Tensor  # their input, [k, n]
+    gradient: Tensor  # of their outputs side by side, [k, m]: of the sum over tokens of -log p(drawn label)
+    size: Tensor  # root mean square of each token's state before the layer, fp32 [k]
+
+
+class RoundTrip:
+    """Forwards at once, backwards by `backward`. The states before each layer are kept, with `spill` in files there."""
+
+    def __init__(
+        self, shell: Shell, layers: tuple[Layer, ...], batches: tuple[Batch, ...], *, spill: Path | None = None
+    ) -> None:
+        self.shell, self.layers = shell, layers
+        self.stream = Stream(shell, layers, batches)
+        self.states: list[list[Tensor] | Spool] = []
+        states = self.stream.hidden
+        for layer in layers:
+            self.states.append(Spool(states, spill) if spill else states)
+            with torch.no_grad(), shell.filled(shell.part(layer.name)):
+                states = [forward() for forward in self.stream.forwards(layer, self.stream.module(layer), states)]
+        self.last = states
+
+    @property
+    def tokens(self) -> int:
+        """Those that count."""
+        return sum(int(mask.sum()) for mask in self.stream.masks)
+
+    def logits(self, states: Iterable[Tensor]) -> Iterator[Tensor]:
+        """What the model says after each of `states`, those of whole batches behind the last layer: [B, T, vocab].
+
+        Gradients flow to the states if they are on. What is outside of the layers is filled until the last is taken.
+        """
+        shell, given = self.shell, list[Tensor]()
+
+        def handing_over(layer: Layer) -> Callable[..., Any]:
+            return lambda *_, **__: (given[0],) if layer.returns_tuple else given[0]
+
+        inside = tuple(f"{layer.name}." for layer in self.layers)
+        outside = [name for name in shell.names if not name.startswith(inside)]
+        forwards = {layer.name: handing_over(layer) for layer in self.layers}
+        with self.stream.replaced(forwards), shell.filled(outside), self._tied():
+            for each in states:
+                given[:] = [each.to(shell.device)]
+                ids = torch.zeros(each.shape[:2], dtype=torch.int64, device=shell.device)
+                yield shell.model(input_ids=ids, use_cache=False).logits
+
+    @contextmanager
+    def _tied(self) -> Iterator[None]:
+        """The head that is the embedding, while the embedding is filled."""
+        model = self.shell.model
+        tied = tied_names(model)
+        for name in tied:
+            place(model, name, model.get_input_embeddings().get_parameter("weight").data)
+        try:
+            yield
+        finally:
+            for name in tied:
+                place(model, name, model.get_parameter(name).data.to("meta"))
+
+    def backward(self, visit: Callable[[Tap], None], seed: int) -> Iterator[Layer]:
+        """From the last layer to the first: `visit` sees each group of linears once for each batch, then its layer is
+        yielded, which stays filled until the next one is asked for."""
+        gradients = self._at_the_end(torch.Generator(self.shell.device).manual_seed(seed))
+        for number in reversed(range(len(self.layers))):
+            layer = self.layers[number]
+            with self.shell.filled(self.shell.part(layer.name)):
+                for i, states in enumerate(self.states[number]):
+                    gradients[i] = self._back_through(layer, states, i, gradients[i], visit)
+                yield layer
+
+    def _at_the_end(self, generator: torch.Generator) -> list[Tensor]:
+        """The gradients of the states behind the last layer."""
+        gradients = []
+        leaves = [states.detach().requires_grad_() for states in self.last]
+        with torch.enable_grad():
+            for leaf, mask, logits in zip(leaves, self.stream.masks, self.logits(leaves), strict=False):
+                with torch.no_grad():
+                    slope = logits.float().softmax(-1)
+                    drawn = torch.multinomial(slope.flatten(0, 1), 1, generator=generator)
+                    slope.scatter_add_(-1, drawn.view(*slope.shape[:2], 1), slope.new_full((*slope.shape[:2], 1), -1))
+                    slope.mul_(mask.unsqueeze(-1))
+                logits.backward(slope.to(logits.dtype))
+                gradients.append(_gradient(leaf))
+        return gradients
+
+    def _back_through(
+        self, layer: Layer, states: Tensor, batch: int, gradient: Tensor, visit: Callable[[Tap], None]
+    ) -> Tensor:
+        """One batch through one layer: the gradient of its input from that of its output."""
+        mask = self.stream.masks[batch].reshape(-1)
+        size = states.float().square().mean(-1).sqrt().clamp(min=1e-6).reshape(-1).to(mask.device)
+        leaf = states.detach().clone().requires_grad_()
+        with torch.enable_grad(), self._noted(layer) as passed:
+            self.stream.forward(layer, self.stream.module(layer), [leaf], 0).backward(gradient)
+
+        def counted(part: Tensor) -> Tensor:
+            return part.reshape(len(mask), -1)[mask]
+
+        for group in layer.groups:
+            slopes = [counted(_gradient(passed[name][1])) for name in group.linears]
+            visit(Tap(group, counted(passed[group.linears[0]][0]), torch.cat(slopes, 1), size[mask]))
+        return _gradient(leaf)
+
+    @contextmanager
+    def _noted(self, layer: Layer) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Input and output of each linear that is called in a `with` block; the output will know its gradient."""
+        passed: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+                out.retain_grad()
+                passed[name] = args[0].detach(), out
+
+            return hook
+
+        names = [name for group in layer.groups for name in group.linears]
+        hooks = [self.shell.model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+        try:
+            yield passed
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    """What came back to a tensor; nothing where the loss does not depend on it."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
