@@ -3,9 +3,13 @@ llmquant_torch.so; pyproject.toml holds everything else.
 
 LLMQUANT_NATIVE=0 leaves it out, LLMQUANT_NATIVE=1 makes its failure an error. By default an installation without CMake
 or a C++ compiler goes on without it: llmquant then computes with torch alone, and says so.
+
+Where nvcc and a torch with CUDA are installed, llmquant/_native/llmquant_cuda.so is made, too. LLMQUANT_CUDA=0 leaves
+it out, LLMQUANT_CUDA=1 asks for it whatever torch is there, and makes its failure an error.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("LLMQUANT_NATIVE", "")
 KERNELS, BINDING = "llmquant._native.llmquant_cpu", "llmquant._native.llmquant_torch"
+CUDA_KERNELS = "llmquant._native.llmquant_cuda"
 
 
 def torch_directory() -> str:
@@ -28,10 +33,29 @@ def torch_directory() -> str:
 
 
 TORCH = torch_directory()
+CUDA_WANTED = os.environ.get("LLMQUANT_CUDA", "")
+
+
+def cuda_refusal() -> str:
+    """Why the CUDA kernels are left out; empty if they are built."""
+    if WANTED == "0":
+        return "LLMQUANT_NATIVE=0 leaves out all kernels"
+    if CUDA_WANTED in ("0", "1"):
+        return "" if CUDA_WANTED == "1" else "LLMQUANT_CUDA=0 leaves them out"
+    version = Path(TORCH) / "version.py"
+    if not (TORCH and version.is_file() and re.search(r"^cuda[^=]*= '", version.read_text(), re.MULTILINE)):
+        return "there is no torch with CUDA; LLMQUANT_CUDA=1 builds them anyway"
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return "" if shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin") else "there is no nvcc"
 
 
 class CMakeBuild(build_ext):
     """Runs CMake in place of a compiler."""
+
+    def run(self) -> None:
+        refusal = cuda_refusal()
+        sys.stderr.write(f"llmquant: without CUDA kernels: {refusal}\n" if refusal else "llmquant: with CUDA kernels\n")
+        super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # no Python in it, so no Python version in its name
@@ -40,6 +64,9 @@ class CMakeBuild(build_ext):
         if ext.name == BINDING:
             return  # the build of the kernels makes it, too
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        if ext.name == CUDA_KERNELS:
+            self.build_cuda(output)
+            return
         options = f"-DLLMQUANT_OUTPUT={output}", f"-DLLMQUANT_TORCH={TORCH}"
         try:
             self.cmake("-S", str(ROOT), "-B", self.build_temp, *options)
@@ -51,6 +78,17 @@ class CMakeBuild(build_ext):
                 f"warning: llmquant goes on without its native kernels, and will be slow: {error}\n"
                 "warning: install CMake 3.18 or newer and a C++17 compiler, then install llmquant again\n"
             )
+
+    def build_cuda(self, output: Path) -> None:
+        """Apart from the others: its failure costs nothing but itself."""
+        build = f"{self.build_temp}/cuda"
+        try:
+            self.cmake("-S", str(ROOT), "-B", build, f"-DLLMQUANT_OUTPUT={output}", "-DLLMQUANT_CUDA=ON")
+            self.cmake("--build", build, "--parallel", "--config", "Release", "--target", "llmquant_cuda")
+        except (OSError, subprocess.CalledProcessError) as error:
+            if CUDA_WANTED == "1":
+                raise SystemExit(f"error: LLMQUANT_CUDA=1: the CUDA kernels cannot be built: {error}") from error
+            sys.stderr.write(f"warning: llmquant goes on without its CUDA kernels: {error}\n")
 
     def cmake(self, *arguments: str) -> None:
         program = shutil.which("cmake")
@@ -69,8 +107,9 @@ class AnyPythonWheel(bdist_wheel):
 
 def main() -> None:
     names = [] if WANTED == "0" else [KERNELS, BINDING] if TORCH else [KERNELS]
+    names += [] if cuda_refusal() else [CUDA_KERNELS]
     setup(
-        ext_modules=[Extension(name, sources=[], optional=WANTED != "1") for name in names],
+        ext_modules=[Extension(name, sources=[], optional="1" not in (WANTED, CUDA_WANTED)) for name in names],
         cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     )
 

@@ -245,6 +245,10 @@ inline float shuffle(float value, int lane, int width) {
     return own.taken;
 }
 
+inline float shuffle_xor(float value, int mask) {
+    return shuffle(value, emulated::machine().running % LANES ^ mask, LANES);
+}
+
 inline uint64_t evict_first() { return 0; }
 inline uint64_t evict_normal() { return 0; }
 

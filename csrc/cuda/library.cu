@@ -70,3 +70,12 @@ int64_t llmquant_cuda_dequantize(const LlmquantCudaWeight* weight, int64_t first
     if (!aligned(out)) return LLMQUANT_CUDA_BAD_ALIGNMENT;
     return start_dequantize(*weight, first, count, kind, out, stream);
 }
+
+int64_t llmquant_cuda_round_columns(const LlmquantCudaColumns* task, void* stream) {
+    const bool searched = task->candidates != nullptr;
+    if (!is_size(task->rows) || task->columns <= 0 || task->columns > 128 || task->stride < task->columns)
+        return LLMQUANT_CUDA_BAD_SIZE;
+    if (task->bits < 2 || task->bits > 8 || (searched && task->candidate_count <= 0)) return LLMQUANT_CUDA_BAD_SIZE;
+    if (task->group <= 0 || (searched && task->group % 32)) return LLMQUANT_CUDA_BAD_GROUP;
+    return start_round_columns(*task, stream);
+}
