@@ -12,7 +12,7 @@ MODEL := .cache/smollm2-135m
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py CMakeLists.txt) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test clients client-llamacpp sanitize cuda-check lint bench clean
+.PHONY: help setup model demo test clients client-llamacpp client-onnxruntime sanitize cuda-check lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,13 @@ client-llamacpp: ## our GGUF files in llama.cpp, which is compiled for that, in 
 	.venv-client-llamacpp/bin/python -m pip install --no-build-isolation -e ".[test,gguf]"
 	.venv-client-llamacpp/bin/python -m pip install llama-cpp-python==0.3.36
 	.venv-client-llamacpp/bin/python -m pytest tests/clients/test_llamacpp_client.py
+
+client-onnxruntime: ## our ONNX graphs in ONNX Runtime, in .venv-client-onnxruntime
+	test -x .venv-client-onnxruntime/bin/python || $(PYTHON) -m venv .venv-client-onnxruntime
+	.venv-client-onnxruntime/bin/python -m pip install --upgrade "pip>=25" "setuptools>=77"
+	.venv-client-onnxruntime/bin/python -m pip install $(TORCH)
+	.venv-client-onnxruntime/bin/python -m pip install --no-build-isolation -e ".[test,onnx]" onnxruntime==1.32.0
+	.venv-client-onnxruntime/bin/python -m pytest tests/clients/test_onnxruntime_client.py
 
 sanitize: $(READY) ## the tests of native code, with AddressSanitizer and UBSan in it (GCC)
 	cmake -S . -B build/sanitize -DLLMQUANT_SANITIZE=ON -DLLMQUANT_OUTPUT=$(CURDIR)/build/sanitize \

@@ -81,6 +81,7 @@ class Target(str, Enum):
     gptq_v2 = "gptq_v2"
     awq = "awq"
     gguf = "gguf"
+    onnx = "onnx"
 
 
 @app.command()
