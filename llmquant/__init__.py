@@ -32,6 +32,7 @@ _HOMES = {  # imported on first use: `import llmquant` stays quick
     "LlmquantConfig": "runtime.transformers_plugin",
     "generate": "runtime.generate",
     "evaluate": "evaluate.run",
+    "compare_checkpoints": "compare",
     "convert": "convert",
     "LlmquantError": "errors",
 }

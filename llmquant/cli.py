@@ -16,10 +16,24 @@ import typer
 
 from llmquant import search
 from llmquant.bench.commands import app as bench_app
+from llmquant.compare import compare_checkpoints, show_comparison
+from llmquant.compare import plot as plot_entries
 from llmquant.convert import convert as run_conversion
 from llmquant.display import Display, console, print_json, results, show_plan, show_table
 from llmquant.errors import LlmquantError, RecipeError
-from llmquant.evaluate.commands import DatasetName, Json, MaxWindows, TextFile, evaluate
+from llmquant.evaluate.commands import (
+    DatasetName,
+    Json,
+    MaxMemory,
+    MaxWindows,
+    ProtocolName,
+    ProtocolOption,
+    SeqLen,
+    Stride,
+    TextFile,
+    evaluate,
+)  # fmt: skip
+from llmquant.evaluate.protocol import Request
 from llmquant.evaluate.text import Source
 from llmquant.hub import push as push_to_hub
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
@@ -253,6 +267,38 @@ def inspect(
     facts = inspect_checkpoint(directory, trust_remote_code=trust_remote_code) if directory else {}
     facts |= inspect_runtime() if runtime else {}
     print_json(facts) if as_json else show_table(facts)
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...")],
+    text_file: TextFile = None,
+    dataset: DatasetName = None,
+    protocol: ProtocolOption = ProtocolName.windows,
+    seq_len: SeqLen = None,
+    stride: Stride = None,
+    max_windows: MaxWindows = None,
+    baseline: Annotated[Path | None, typer.Option(help="What the others are beside. (default: the first)")] = None,
+    max_memory: MaxMemory = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second, too.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Quality against bits: a .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Several checkpoints on one text: size, bits, perplexity, KL divergence, agreement, speed."""
+    entries = compare_checkpoints(
+        directories,
+        Source(text_file, dataset),
+        Request(protocol.value, seq_len, stride, max_windows),
+        baseline=baseline,
+        max_memory=parse_size(max_memory),
+        speed=speed,
+    )
+    if plot is not None:
+        plot_entries(entries, plot)
+    if as_json:
+        print_json({"checkpoints": [entry.to_dict() for entry in entries]})
+    else:
+        show_comparison(entries)
 
 
 @app.command()

@@ -6,13 +6,15 @@ from time import perf_counter
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from llmquant.checkpoint.durable import write_file
-from llmquant.display import print_json, show_table
+from llmquant.display import print_json, results, show_table
 from llmquant.evaluate.gate import gates, junit, require
 from llmquant.evaluate.protocol import Request
 from llmquant.evaluate.run import Evaluation
 from llmquant.evaluate.run import evaluate as run_evaluation
+from llmquant.evaluate.tasks import Choice, run_tasks, side_by_side
 from llmquant.evaluate.text import NAMED
 from llmquant.options import parse_percent, parse_size
 
@@ -48,11 +50,20 @@ def evaluate(
     max_increase: Annotated[str | None, typer.Option(help="Gate: perplexity over the baseline's, as in 5%.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence in nats, as in 0.05.")] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write the gates as JUnit XML.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-eval, as in arc_easy,piqa, instead of a text.")] = None,
+    task_path: Annotated[Path | None, typer.Option(help="A directory with more tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first samples of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each sample.")] = None,
     max_memory: MaxMemory = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity; against a baseline also KL divergence and agreement. Exit code 3: a gate does not hold."""
     bound = parse_percent(max_increase)
+    if tasks is not None:
+        if bound is not None or max_kl is not None or text_file or dataset:
+            raise typer.BadParameter("--tasks is measured by itself; texts and gates go with another call")
+        ask(directory, baseline, Choice(tuple(tasks.split(",")), task_path, limit, num_fewshot), as_json=as_json)
+        return
     if (bound is not None or max_kl is not None) and baseline is None:
         raise typer.BadParameter("--max-increase and --max-kl compare with --baseline DIR; give it, too")
     started = perf_counter()
@@ -73,6 +84,19 @@ def evaluate(
     else:
         show_table(readable(result))
     require(asked)
+
+
+def ask(directory: Path, baseline: Path | None, choice: Choice, *, as_json: bool) -> None:
+    """Tasks of lm-eval, and beside them those of the original."""
+    found = [run_tasks(each, choice) for each in (directory, baseline) if each is not None]
+    if as_json:
+        beside = {"baseline": found[1].to_dict()} if baseline else {}
+        print_json(found[0].to_dict() | beside)
+        return
+    table = Table("task", "metric", *(scores.directory for scores in found), caption=found[0].protocol)
+    for row in side_by_side(found):
+        table.add_row(*row)
+    results.print(table)
 
 
 def readable(result: Evaluation) -> dict[str, Any]:

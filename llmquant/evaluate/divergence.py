@@ -5,6 +5,7 @@ Perplexity can stay while answers change; the KL divergence of the next-token di
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +47,21 @@ def compare(model: Predictor, baseline: Predictor, text: Cut) -> Comparison:
     Raises:
         NumericsError: a model gave NaN or Inf.
     """
+    return compare_all([model], baseline, text)[0]
+
+
+def compare_all(models: Sequence[Predictor], baseline: Predictor, text: Cut) -> list[Comparison]:
+    """`compare`, of several models with one baseline, which is asked once."""
     read = [window.read for window in text.windows]
-    both = zip(text.windows, model.logits(read), baseline.logits(read), strict=True)
-    names = model.name, baseline.name
-    measured = torch.cat([_positions(window, logits, others, names) for window, logits, others in both], dim=1)
+    measured: list[list[Tensor]] = [[] for _ in models]
+    each = zip(*(model.logits(read) for model in models), strict=True)
+    for window, others, ours in zip(text.windows, baseline.logits(read), each, strict=True):
+        for model, logits, found in zip(models, ours, measured, strict=True):
+            found.append(_positions(window, logits, others, (model.name, baseline.name)))
+    return [_comparison(torch.cat(found, dim=1), text) for found in measured]
+
+
+def _comparison(measured: Tensor, text: Cut) -> Comparison:
     nll, baseline_nll, kl, same, overlap = measured
     return Comparison(
         model=Perplexity.of(nll, text.protocol),
