@@ -45,7 +45,6 @@ DEFAULTS = {16: Tile(64, 16, 4, 4), 32: Tile(64, 32, 4, 4), 64: Tile(64, 64, 4, 
 MOST_TOKENS = {8: 256, 9: 512}
 MOST_ELSEWHERE = 256
 
-# What `tune` tries.
 CANDIDATES = tuple(
     Config(rows, tokens, split, warps, stages)
     for rows, warps in ((32, 2), (64, 4), (128, 4), (128, 8))
@@ -68,6 +67,11 @@ def default(m: int, n: int, tokens: int, step: int, processors: int) -> Config:
     while split < MOST_SPLITS and programs * split < WAVES * processors and steps >= 2 * split * FEWEST_STEPS:
         split *= 2
     return Config(tile.rows, tile.tokens, split, tile.warps, tile.stages)
+
+
+def candidates(tokens: int) -> list[Config]:
+    """What `tune` is to try: no tile that is more than twice as wide as needed."""
+    return [config for config in CANDIDATES if config.tokens < 2 * max(16, tokens)]
 
 
 def most_tokens(device: torch.device) -> int:

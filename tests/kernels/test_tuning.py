@@ -43,6 +43,11 @@ def test_every_tile_divides_what_weights_are_filled_up_to(tokens: int) -> None:
     assert all(128 % config.rows == 0 for config in (*CANDIDATES, tuning.default(300, 512, tokens, 64, 1)))
 
 
+def test_no_tile_is_tried_that_is_mostly_empty() -> None:
+    assert {config.tokens for config in tuning.candidates(1)} == {16}
+    assert {config.tokens for config in tuning.candidates(40)} == {16, 32, 64}
+
+
 def test_what_was_measured_is_kept_for_tokens_alike(own_cache: Path) -> None:
     slow, fast = CANDIDATES[3], CANDIDATES[7]
     times = {slow: 2.0, fast: 1.0}
