@@ -96,6 +96,7 @@ class Target(str, Enum):
     awq = "awq"
     gguf = "gguf"
     onnx = "onnx"
+    modelopt = "modelopt"
 
 
 @app.command()

@@ -23,7 +23,11 @@ from llmquant.verify import problems_of
 from llmquant.version import __version__
 
 # What is no layout of checkpoints that we read back -> the module that makes it, whose packages are optional.
-EXPORTS = {"gguf": "llmquant.convert.gguf", "onnx": "llmquant.convert.onnx"}
+EXPORTS = {
+    "gguf": "llmquant.convert.gguf",
+    "onnx": "llmquant.convert.onnx",
+    "modelopt": "llmquant.convert.modelopt",
+}
 
 
 @dataclass(frozen=True)

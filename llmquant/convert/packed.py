@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from llmquant.checkpoint.writer import TensorSource, deferred, write_shard
@@ -15,6 +17,17 @@ from llmquant.formats import FORMATS, Format
 from llmquant.formats.checks import check_in_place
 from llmquant.formats.gptq import Gptq
 from llmquant.plan import Spec, shards_of, spec_bytes
+from llmquant.scheme import Quantized, Scheme
+
+
+class Packing(Protocol):
+    """Of a layout, what writing its tensors takes; see `formats.Format`."""
+
+    def specs(self, prefix: str, m: int, n: int, scheme: Scheme, dtype: torch.dtype) -> dict[str, Spec]: ...
+
+    def pack(
+        self, prefix: str, q: Quantized, scheme: Scheme, dtype: torch.dtype, order: Tensor | None = None
+    ) -> dict[str, Tensor]: ...
 
 
 def product(source: Source, to: str) -> Product:
@@ -40,7 +53,7 @@ def product(source: Source, to: str) -> Product:
     return Product(files, tuple(target.caveats(set(source.schemes.values()))))
 
 
-def tensor_files(source: Source, target: Format) -> Files:
+def tensor_files(source: Source, target: Packing) -> Files:
     """The weights in shards, and their index if there are several. Tensors are packed as they are written."""
     dtype = source.scale_dtype()
 
