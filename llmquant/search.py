@@ -6,36 +6,38 @@ that was stopped goes on from there, and one with another bound or budget starts
 """
 
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
+from llmquant.calibration.prepare import prepare
 from llmquant.checkpoint import durable
 from llmquant.checkpoint.strict_json import parse_object
 from llmquant.checkpoint.writer import json_bytes, write_json
-from llmquant.errors import GateError, OutputError
+from llmquant.errors import GateError, OutputError, RecipeError
 from llmquant.evaluate.bootstrap import intervals
 from llmquant.evaluate.fit import open_models
 from llmquant.evaluate.perplexity import Perplexity, perplexity
 from llmquant.evaluate.protocol import Request
 from llmquant.evaluate.run import cut_for
 from llmquant.evaluate.text import Source
-from llmquant.manifest import ATTEMPTS, LOG, MANIFEST
+from llmquant.manifest import ATTEMPTS, MANIFEST
 from llmquant.observer import Observer
 from llmquant.pipeline import Options, open_plan, quantize
-from llmquant.plan import Plan
-from llmquant.recipe import PRESETS, Override, Recipe, SolverRecipe
+from llmquant.plan import Plan, stored_bits
+from llmquant.recipe import PRESETS, Recipe, SolverRecipe
+from llmquant.recipe import Target as MixedTarget
+from llmquant.sensitivity.measure import measure
+from llmquant.sensitivity.mixed import mix
 from llmquant.version import __version__
 
-SHARES = (0.125, 0.25, 0.5, 1.0)  # of the weights, that get 8 bits
-Errors = dict[str, float]  # of each linear, relative, at its outputs
+MORE_BITS = (0.25, 0.5, 1.0, 2.0, 4.0)  # per weight, that mixed precision adds to the best uniform recipe
 
 
 class Target(NamedTuple):
@@ -44,7 +46,7 @@ class Target(NamedTuple):
     max_increase: float  # of perplexity over the original's, a fraction
     source: Source
     max_windows: int | None = None
-    max_bits: float | None = None  # per weight of the quantized linears
+    max_bits: float | None = None  # per weight of the layers' linears
     max_bytes: int | None = None  # of all weight files
 
 
@@ -54,13 +56,12 @@ class Attempt:
 
     name: str
     recipe: dict[str, Any]
-    bits_per_weight: float
+    bits_per_weight: float  # of all linears of the layers, kept ones too
     bytes: int
     perplexity: float | None = None  # None: over the budget, not made
     increase: float | None = None
     interval: tuple[float, float] | None = None  # of the increase
     seconds: float = 0.0
-    errors: Errors = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -113,13 +114,20 @@ class Search:
         best = self.best
         return best if best is not None and (best.increase or 0.0) <= self._target.max_increase else None
 
-    def plan(self, recipe: Recipe) -> Plan:
-        return open_plan(self._model, recipe, self._options)[1]
+    def mixtures(self, recipe: Recipe) -> Iterator[tuple[float, Recipe]]:
+        """Bits per weight, and the recipe that is predicted to lose least with them; the model is measured once."""
+        shell, plan = open_plan(self._model, recipe, self._options)
+        batches = prepare(recipe, shell).batches
+        sensitivity = measure(recipe, shell, batches, noticed=self._observer.sensed)
+        choices = tuple(sorted({recipe.scheme.bits, 4, 8, 16}))
+        for more in MORE_BITS:
+            bits = self._bits(plan) + more
+            yield bits, mix(sensitivity, plan, shell, MixedTarget(bits=bits, choices=choices)).recipe
 
     def attempt(self, name: str, recipe: Recipe) -> Attempt:
         """Make and measure a checkpoint, unless that was done already."""
-        plan = self.plan(recipe)
-        made = Attempt(name, recipe.model_dump(mode="json"), plan.bits_per_weight(), plan.bytes_out)
+        _, plan = open_plan(self._model, recipe, self._options)
+        made = Attempt(name, recipe.model_dump(mode="json"), self._bits(plan), plan.bytes_out)
         known = next((a for a in self.attempts if a.digest == made.digest and a.increase is not None), None)
         if known is not None:
             return known
@@ -128,7 +136,7 @@ class Search:
             self._clear(keep=made)
             directory = self._work / made.digest
             quantize(self._model, directory, recipe, self._options, self._observer)
-            made = replace(self._measured(made), seconds=perf_counter() - started, errors=errors_of(directory))
+            made = replace(self._measured(made), seconds=perf_counter() - started)
         self.attempts.append(made)
         self._record()
         return made
@@ -149,6 +157,14 @@ class Search:
                 shutil.rmtree(self._out)
             durable.replace(self._work / best.digest, self._out)
             shutil.rmtree(self._work)
+
+    def _bits(self, plan: Plan) -> float:
+        stored = weights = 0
+        for linear in plan.linears:
+            m, n, size = linear.m, linear.n, self._shell.stored_dtype(f"{linear.name}.weight").itemsize
+            stored += stored_bits(m, n, linear.scheme, plan.recipe.format) if linear.scheme else 8 * size * m * n
+            weights += m * n
+        return stored / weights
 
     def _within(self, attempt: Attempt) -> bool:
         bits, size = self._target.max_bits, self._target.max_bytes
@@ -201,12 +217,6 @@ class Search:
         return [Attempt(**attempt) for attempt in record["attempts"]] if record.get("head") == self._head else []
 
 
-def errors_of(directory: Path) -> Errors:
-    """What the log of a finished run says of each linear."""
-    records = map(json.loads, (directory / LOG).read_bytes().splitlines())
-    return {record["module"]: record["error"] for record in records if "module" in record}
-
-
 def search(
     model: str,
     out: Path,
@@ -219,8 +229,11 @@ def search(
     """Climb the ladder until the bound holds; `out` is then that checkpoint, and the last attempt says what it took.
 
     Raises:
+        RecipeError: the recipe has a target of its own, or there is no text.
         GateError: the ladder or the budget ended first; `out` is the best checkpoint that was found, if any.
     """
+    if recipe.target is not None:
+        raise RecipeError("--max-increase: chooses mixed precision by itself; leave --target-... out")
     found = Search(model, out, options, target, observer)
     for attempt in climb(found, recipe):
         told(attempt)
@@ -244,11 +257,8 @@ def climb(found: Search, recipe: Recipe) -> Iterator[Attempt]:
             made = found.attempt(name, wanted)
             base = min(base, made, key=lambda attempt: math.inf if attempt.increase is None else attempt.increase)
             yield made
-    uniform = Recipe.from_dict(base.recipe)
-    if uniform.scheme.bits < 8:
-        plan = found.plan(uniform)
-        for share in SHARES:
-            yield found.attempt(f"8 bits for {share:.0%} of the weights", more_bits(uniform, plan, base.errors, share))
+    for bits, wanted in found.mixtures(Recipe.from_dict(base.recipe)):
+        yield found.attempt(f"mixed precision of {bits:.2f} bits", wanted)
 
 
 def more_calibration(recipe: Recipe) -> Recipe:
@@ -277,20 +287,3 @@ STEPS: dict[str, Callable[[Recipe], Recipe]] = {
     "groups of 32": groups_of(32),
     "trained rounding": best_method,
 }
-
-
-def more_bits(recipe: Recipe, plan: Plan, errors: Errors, share: float) -> Recipe:
-    """8 bits for the linears with the largest errors, until they are `share` of the weights.
-
-    Those that share an input go together, because servers fuse them.
-    """
-    stacks = [stack for unit in plan.units for stack in unit.stacks]
-    weights = [sum(linear.m * linear.n for linear in stack.linears) for stack in stacks]
-    worst = [max(errors.get(linear.name, 0.0) for linear in stack.linears) for stack in stacks]
-    room, overrides = share * sum(weights), list(recipe.overrides)
-    for i in sorted(range(len(stacks)), key=lambda i: -worst[i]):
-        if room <= 0:
-            break
-        room -= weights[i]
-        overrides += [Override(match=linear.name, bits=8) for linear in stacks[i].linears]
-    return recipe.model_copy(update={"overrides": tuple(overrides)})
