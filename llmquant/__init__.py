@@ -9,6 +9,7 @@ convert/      a packed checkpoint in another layout
 kernels/      INT4 matmul: the definition and the C++ path
 runtime/      a packed checkpoint as a transformers model
 sensitivity/  which linears hurt; mixed precision under a budget
+hub/          a finished directory on the Hub
 evaluate/     perplexity, KL divergence, agreement
 
 plan.py decides everything, pipeline.py does it, unit by unit (unit.py), verify.py proves it.

@@ -8,6 +8,7 @@ import signal
 import sys
 from dataclasses import asdict
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,8 @@ from llmquant.evaluate.commands import (
 )  # fmt: skip
 from llmquant.evaluate.protocol import Request
 from llmquant.evaluate.text import Source
-from llmquant.hub import push as push_to_hub
+from llmquant.hub import quantize_and_push
+from llmquant.hub.commands import push as push_command
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
 from llmquant.options import parse_percent, parse_ranks, parse_size
 from llmquant.pipeline import Options, preview, sense
@@ -54,6 +56,7 @@ app = typer.Typer(
 
 app.add_typer(bench_app, name="bench")
 app.command(name="eval")(evaluate)
+app.command(name="push")(push_command)
 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 
@@ -133,6 +136,7 @@ def quantize(
     max_windows: MaxWindows = None,
     max_bits_per_weight: Annotated[float | None, typer.Option(help="Budget of such a search.")] = None,
     max_size: Annotated[str | None, typer.Option(help="The same, of all weight files, as in 5GB.")] = None,
+    push: Annotated[str | None, typer.Option(help="ORG/NAME: push it there, shards as they finish; private.")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -164,12 +168,15 @@ def quantize(
         print_json(plan.to_dict()) if as_json else show_plan(plan, results)
         return
     if max_increase is not None:
+        if push:
+            raise typer.BadParameter("--push goes with a run, not with a search; push what it finds")
         source, bound = Source(text_file, dataset), parse_percent(max_increase) or 0.0
         limits = max_bits_per_weight, parse_size(max_size, "--max-size")
         run_search(model, out, wanted, options, search.Target(bound, source, max_windows, *limits), as_json=as_json)
         return
     with Display() as display:
-        plan = run_quantize(model, out, wanted, options, display)
+        run = partial(quantize_and_push, push) if push else run_quantize
+        plan = run(model, out, wanted, options, display)
     if as_json:
         print_json({"out": str(out), "verified": True, **plan.to_dict()})
     else:
@@ -239,20 +246,6 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: J
         print_json({"directory": str(directory), "verified": True, "files": files})
     else:
         typer.echo(f"{directory}: whole, finite, as its recipe says; {files} files unchanged")
-
-
-@app.command()
-def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR")],
-    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; it is made if need be.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everyone read it.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="Hub name of the original, if it was a directory.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Verify a directory and upload it to the Hub. The same command again sends only what is missing."""
-    sending = lambda file: console.print(f"sending {file}")  # noqa: E731
-    url = push_to_hub(directory, name, public=public, base_model=base_model, sending=sending)
-    print_json({"directory": str(directory), "commit": url}) if as_json else typer.echo(url)
 
 
 @app.command()

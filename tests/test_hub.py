@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from llmquant import hub, plan
 from llmquant.card import EVALUATION, model_card
 from llmquant.errors import CheckpointError, HubError, VerifyError
-from llmquant.pipeline import quantize
+from llmquant.observer import Silent
+from llmquant.pipeline import Options, quantize
 from llmquant.recipe import Recipe
 
 TOKEN = "hf_aSecretThatNobodyMaySee"  # noqa: S105
@@ -207,6 +208,31 @@ def test_a_card_beside_the_weights_is_the_card(server: HubServer, finished: Path
     (tmp_path / "own" / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     hub.push(tmp_path / "own", REPO)
     assert server.repos[REPO]["files"]["README.md"] == b"---\nlicense: mit\n---\nMine.\n"
+
+
+def test_shards_are_sent_while_the_run_goes_on(
+    server: HubServer, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "SHARD_BYTES", 40_000)
+    server.faults = [("PUT", 418, {})]  # one is refused, which must not stop the run
+    recipe = Recipe.from_dict({"method": "rtn", "scheme": {"group_size": 32}})
+    out, before, verify = tmp_path / "out", list[str](), hub.verify_checkpoint
+
+    def note_and_verify(directory: Path) -> int:
+        before.extend(server.puts())
+        return verify(directory)
+
+    monkeypatch.setattr(hub, "verify_checkpoint", note_and_verify)
+    hub.quantize_and_push(REPO, make_checkpoint(), out, recipe, Options(), Silent())
+    assert len(before) == len(shas(out)), "shards were not sent during the run"
+    assert len(server.puts()) == len(before) + 1, "the one that was refused was not sent again, or others were"
+    check_pushed(server, out)
+
+
+def test_a_repository_that_cannot_be_written_is_known_before_the_run(server: HubServer, tmp_path: Path) -> None:
+    server.faults = [("repos/create", 403, {})]
+    with pytest.raises(HubError, match="the token may not write there"):
+        hub.Ahead(Silent(), tmp_path, REPO)
 
 
 def test_push_to_hub_of_a_loaded_model_writes_the_packed_weights(server: HubServer, finished: Path) -> None:

@@ -8,17 +8,25 @@ the login.
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from llmquant.calibration.batches import Calibration
 from llmquant.card import CARD, model_card
 from llmquant.errors import HubError
 from llmquant.manifest import LOG, MANIFEST, read_manifest
+from llmquant.observer import Observer
+from llmquant.pipeline import Options, quantize
+from llmquant.plan import Plan, Unit
+from llmquant.recipe import Recipe
 from llmquant.verify import verify_checkpoint
 
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between attempts, or longer where the Hub says so
@@ -50,11 +58,8 @@ def push(
     card = own.read_bytes() if own.is_file() else model_card(directory, name, base_model).encode()
     additions = [*(CommitOperationAdd(file, directory / file) for file in files), CommitOperationAdd(CARD, card)]
     api = HfApi()
-    try:
-        retried(lambda: api.create_repo(name, private=not public, exist_ok=True))
-        info = retried(lambda: api.model_info(name))
-        if info.private is False and not public:
-            raise HubError(f"{name}: exists and everyone can read it; say --public, or choose another name")
+    with _one_line(name):
+        info = _repository(api, name, public=public)
         for addition in additions:
             sending(addition.path_in_repo)
             retried(partial(api.preupload_lfs_files, name, [addition], free_memory=False))
@@ -64,11 +69,85 @@ def push(
         commit = retried(
             lambda: api.create_commit(name, (*additions, *stale), commit_message=message, parent_commit=info.sha)
         )
+    return str(commit.commit_url)
+
+
+def quantize_and_push(
+    name: str, model: str | Path, out: Path, recipe: Recipe, options: Options, observer: Observer
+) -> Plan:
+    """`pipeline.quantize`, whose shards go to the repository `name` while it runs, and the rest at the end.
+
+    Raises:
+        LlmquantError: as `quantize` and `push` do.
+    """
+    ahead = Ahead(observer, out, name)
+    plan = quantize(model, out, recipe, options, ahead)
+    ahead.wait()
+    push(out, name)
+    return plan
+
+
+class Ahead:
+    """An observer of a run that sends each shard as soon as it is final, beside the run; `push` then sends the rest.
+
+    What fails here is not lost: it is missing when `push` asks, which sends it again or says why it cannot.
+    """
+
+    def __init__(self, observer: Observer, out: Path, name: str) -> None:
+        """Raises HubError, before any work, if the repository cannot be written."""
+        self._observer, self._out, self._name, self._api = observer, out, name, HfApi()
+        self._files: SimpleQueue[Path | None] = SimpleQueue()
+        self._merged = True
+        with _one_line(name):
+            _repository(self._api, name, public=False)
+        self._sender = Thread(target=self._send, daemon=True)  # which a run that is stopped does not wait for
+        self._sender.start()
+
+    def sensed(self, layer: str, left: int) -> None:
+        self._observer.sensed(layer, left)
+
+    def planned(self, plan: Plan, calibration: Calibration | None, done: int) -> None:
+        self._merged = plan.merged  # into one file at the end: its parts are none of the repository's files
+        self._observer.planned(plan, calibration, done)
+
+    def solved(self, record: dict[str, Any]) -> None:
+        self._observer.solved(record)
+
+    def finished(self, unit: Unit) -> None:
+        for shard in () if self._merged else unit.shards:
+            self._files.put(self._out / shard.file)
+        self._observer.finished(unit)
+
+    def wait(self) -> None:
+        """Until all that was finished is sent."""
+        self._files.put(None)
+        self._sender.join()
+
+    def _send(self) -> None:
+        while (path := self._files.get()) is not None:
+            addition = CommitOperationAdd(path.name, path)
+            with suppress(Exception):  # of any transport; see the class
+                retried(partial(self._api.preupload_lfs_files, self._name, [addition]))
+
+
+def _repository(api: HfApi, name: str, *, public: bool) -> ModelInfo:
+    """The repository, made if need be. HubError if everyone can read what was not said to be public."""
+    retried(lambda: api.create_repo(name, private=not public, exist_ok=True))
+    info = retried(lambda: api.model_info(name))
+    if info.private is False and not public:
+        raise HubError(f"{name}: exists and everyone can read it; say --public, or choose another name")
+    return info
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Every failure as a HubError."""
+    try:
+        yield
     except HubError:
         raise
     except Exception as error:  # the client passes on what its transports raise: httpx, xet, OSError, ValueError
         raise HubError(f"{name}: {_reason(error)}") from error
-    return str(commit.commit_url)
 
 
 def retried(call: Callable[[], T]) -> T:
