@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# What only a GPU can show: builds the CUDA kernels in place, runs every test that needs a GPU, looks for wrong accesses
+# with compute-sanitizer, and measures. Needs torch with CUDA, pytest, nvcc and a C++ compiler; Triton, if it is there, is
+# checked, too. No network. Logs, JSON and summary.txt go into OUTDIR; exit code 1 if any step failed.
+#
+#     scripts/gpu_check.sh OUTDIR [--only kernels|solver|quantize]
+#
+# PYTHON names the interpreter (python3).
+set -euo pipefail
+
+readonly PARTS="kernels solver quantize"
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+usage="usage: scripts/gpu_check.sh OUTDIR [--only ${PARTS// /|}]"
+[[ $# -eq 1 || $# -eq 3 ]] || fail "$usage"
+out=$1
+parts=$PARTS
+if [[ $# -eq 3 ]]; then
+    [[ $2 == --only && " $PARTS " == *" $3 "* ]] || fail "$usage"
+    parts=$3
+fi
+
+python=${PYTHON:-python3}
+nvcc=$(command -v nvcc || true)
+[[ -n $nvcc ]] || nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
+[[ $python != */* || $python == /* ]] || python=$PWD/$python
+command -v "$python" >/dev/null || fail "there is no $python; name an interpreter by PYTHON"
+[[ -x $nvcc ]] || fail "there is no nvcc on the PATH or in CUDA_HOME; install the CUDA toolkit"
+"$python" -c 'import pytest, torch' 2>/dev/null || fail "$python has no torch or no pytest; install both"
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || fail "torch sees no CUDA GPU on this machine"
+
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+status=0
+: >"$out/summary.txt"
+
+# step NAME SECONDS COMMAND...: its output goes to NAME.log, its outcome into the summary.
+step() {
+    local name=$1 limit=$2 code=0 began=$SECONDS
+    shift 2
+    echo "== $name"
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+    local outcome=ok
+    [[ $code -eq 0 ]] || outcome="failed ($code), see $name.log"
+    [[ $code -ne 124 ]] || outcome="stopped after $limit s, see $name.log"
+    [[ $code -eq 0 ]] || status=1
+    printf '%-12s %4d s  %s\n' "$name" "$((SECONDS - began))" "$outcome" | tee -a "$out/summary.txt"
+}
+
+tests() {
+    local name=$1
+    shift
+    step "$name" 240 "$python" -m pytest -q -rs -p no:cacheprovider --junitxml="$out/$name.xml" "$@"
+}
+
+# The allocator's own blocks would hide what is read or written beyond a tensor.
+sanitized() {
+    local tool=$1
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 3 \
+        "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_cuda_device.py \
+        -k "cuda and (whole_numbers or around)"
+}
+
+step build 240 "$nvcc" -std=c++17 -O3 -arch=native --threads 0 -cudart static -shared \
+    -Xcompiler -fPIC,-fvisibility=hidden csrc/cuda/*.cu -o llmquant/_native/llmquant_cuda.so
+step runtime 60 "$python" -m llmquant.cli inspect --runtime --json
+
+if [[ $parts == *kernels* ]]; then
+    tests kernels tests/kernels/test_cuda_device.py tests/kernels/test_triton_linear.py tests/kernels/test_slabs.py \
+        tests/bench/test_gpu_bench.py
+    if command -v compute-sanitizer >/dev/null; then
+        sanitized memcheck
+        sanitized racecheck
+    else
+        status=1
+        echo "memcheck     not run: there is no compute-sanitizer on the PATH" | tee -a "$out/summary.txt"
+    fi
+    step bench 240 "$python" scripts/bench_kernels.py "$out/kernels.json" --device cuda --paths \
+        --shapes 8192x28672,8192x8192,4096x14336,14336x4096 --tokens 1,2,4,8,16,32,64,128,256,512,1024,4096
+fi
+if [[ $parts == *solver* ]]; then
+    tests solver tests/solve/test_cuda_columns.py tests/solve/test_triton_columns.py
+    step bench-solve 180 "$python" scripts/bench_solve.py --device cuda --json "$out/solve.json"
+fi
+if [[ $parts == *quantize* ]]; then
+    model=$(mktemp -d)
+    trap 'rm -rf "$model"' EXIT
+    step model 60 "$python" scripts/make_tiny.py "$model/original" --layers 3
+    for run in first second; do
+        step "quantize-$run" 120 "$python" -m llmquant.cli quantize "$model/original" -o "$model/$run" --device cuda
+    done
+    step same-bytes 20 cmp "$model/first/SHA256SUMS" "$model/second/SHA256SUMS"
+fi
+
+[[ ! -f $out/bench.log ]] || cat "$out/bench.log"
+[[ ! -f $out/bench-solve.log ]] || cat "$out/bench-solve.log"
+cat "$out/summary.txt"
+exit "$status"
