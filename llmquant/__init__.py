@@ -10,6 +10,7 @@ kernels/      INT4 matmul: the definition and the C++ path
 runtime/      a packed checkpoint as a transformers model
 sensitivity/  which linears hurt; mixed precision under a budget
 hub/          a finished directory on the Hub
+report/       a finished run on one page
 evaluate/     perplexity, KL divergence, agreement
 
 plan.py decides everything, pipeline.py does it, unit by unit (unit.py), verify.py proves it.

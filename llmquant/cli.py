@@ -43,6 +43,7 @@ from llmquant.options import parse_percent, parse_ranks, parse_size
 from llmquant.pipeline import Options, preview, sense
 from llmquant.pipeline import quantize as run_quantize
 from llmquant.recipe import Recipe, read_yaml
+from llmquant.report.build import write_report
 from llmquant.runtime.generate import generate as run_generate
 from llmquant.sensitivity.tables import show_sensitivity
 from llmquant.verify import verify_checkpoint
@@ -177,10 +178,12 @@ def quantize(
     with Display() as display:
         run = partial(quantize_and_push, push) if push else run_quantize
         plan = run(model, out, wanted, options, display)
+    page = write_report(out)
     if as_json:
         print_json({"out": str(out), "verified": True, **plan.to_dict()})
     else:
         console.print(f"[bold]{out}[/bold] is complete and verified; try: llmquant generate {out} -p 'Hello'")
+        console.print(f"report: {page}")
 
 
 @app.command()
@@ -236,6 +239,18 @@ def sensitivity(
         out.write_text(mixture.recipe.to_yaml(), encoding="utf-8")
     recommended = mixture.to_dict() if mixture else {}
     print_json(found.to_dict() | recommended) if as_json else show_sensitivity(found, mixture)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="What eval --json printed. (default: beside)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The file. (default: DIR/report.html)")] = None,
+) -> None:
+    """Write what a finished directory tells of its run on one page, report.html."""
+    typer.echo(write_report(directory, evaluation, out))
 
 
 @app.command()

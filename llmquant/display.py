@@ -95,7 +95,7 @@ def show_plan(plan: Plan, to: Console = console) -> None:
         "quantized": f"{len(plan.schemes)} linears at {plan.bits_per_weight():.2f} bits per weight",
         "size": f"{plan.bytes_in / 1e6:.1f} MB -> {plan.bytes_out / 1e6:.1f} MB",
         "memory": f"up to {plan.estimate.memory / 1e9:.1f} GB",
-        "time": f"about {_duration(plan.estimate.seconds)} for {plan.estimate.tokens} calibration tokens",
+        "time": f"about {duration(plan.estimate.seconds)} for {plan.estimate.tokens} calibration tokens",
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in rows.items():
@@ -121,7 +121,8 @@ def _memory() -> str:
     return f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words, as exact as it matters."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,7 +1,10 @@
 """From durable layers to a checkpoint directory. config.json, without which no loader opens it, comes last."""
 
 import hashlib
+import platform
+from datetime import datetime, timezone
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from llmquant.calibration.batches import Calibration
@@ -12,7 +15,8 @@ from llmquant.checkpoint.parts import lazy_tensors
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.checkpoint.writer import TensorSource, copy_file, json_bytes, write_json, write_shard
 from llmquant.errors import OutputError, VerifyError
-from llmquant.manifest import ATTEMPTS, LOG, MANIFEST, MIXTURE, RECIPE, manifest_bytes, read_manifest, sealed
+from llmquant.manifest import ATTEMPTS, LOG, MANIFEST, MIXTURE, RECIPE, REPORT, manifest_bytes, read_manifest, sealed
+from llmquant.memory import peak
 from llmquant.plan import Plan, quantization_config, spec_bytes
 from llmquant.verify import problems_of, verify_checkpoint
 
@@ -48,7 +52,7 @@ def already_finished(out: Path, fingerprint: dict[str, Any], *, overwrite: bool)
     if (out / WORK).is_dir() or not (out / MANIFEST).is_file():
         return False
     if overwrite:
-        _remove(out, ["config.json", *read_manifest(out), LOG, ATTEMPTS, MANIFEST])
+        _remove(out, ["config.json", *read_manifest(out), LOG, ATTEMPTS, REPORT, MANIFEST])
         return False
     if not (out / LOG).is_file() or digest_of(fingerprint).encode() not in (out / LOG).read_bytes().partition(b"\n")[0]:
         raise OutputError(f"{out}: holds a finished checkpoint of another run; use --overwrite to replace it")
@@ -65,7 +69,7 @@ def digest_of(fingerprint: dict[str, Any]) -> str:
 def clear(out: Path) -> None:
     """Remove what an earlier run left in a directory whose journal begins anew; config.json first."""
     weights = sorted(path.name for path in out.glob("model*.safetensors"))
-    _remove(out, ["config.json", MANIFEST, LOG, RECIPE, INDEX, MIXTURE, *weights])
+    _remove(out, ["config.json", MANIFEST, LOG, RECIPE, INDEX, MIXTURE, REPORT, *weights])
 
 
 def _remove(out: Path, names: list[str]) -> None:
@@ -82,8 +86,11 @@ def finish(
     fingerprint: dict[str, Any],
     source: Checkpoint,
     journal: Journal,
+    started: float,
 ) -> None:
-    """Make a whole of the units' shards, and verify it before the journal goes. `fingerprint` is the run's.
+    """Make a whole of the units' shards, and verify it before the journal goes.
+
+    The run's `fingerprint`, and when it `started` by `perf_counter`, go into the log.
 
     Every step can be repeated, so that a run killed here finishes the same way.
 
@@ -97,7 +104,8 @@ def finish(
         digests["quantize_config.json"] = write_json(out / "quantize_config.json", config["quantization_config"])
     digests[RECIPE] = durable.write_file(out / RECIPE, [plan.recipe.to_yaml().encode()])
     digests["config.json"] = hashlib.sha256(json_bytes(config)).hexdigest()
-    durable.write_file(out / LOG, [sealed(_log_lines(plan, source, calibration, fingerprint, journal))])
+    run = _run_facts(plan, fingerprint, started)
+    durable.write_file(out / LOG, [sealed(_log_lines(plan, source, calibration, run, journal))])
     durable.write_file(out / MANIFEST, [manifest_bytes(digests)])
     write_json(out / "config.json", config)
     if problems := problems_of(out):
@@ -124,14 +132,33 @@ def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:
     return digests | {INDEX: write_json(out / INDEX, index)}
 
 
+def _run_facts(plan: Plan, fingerprint: dict[str, Any], started: float) -> dict[str, Any]:
+    """What the process that finishes a run took, and where."""
+    return {
+        "fingerprint": digest_of(fingerprint),
+        "environment": {
+            **{f"{package} version": version for package, version in fingerprint["versions"].items()},
+            "Python version": platform.python_version(),
+            "system": platform.platform(),
+            **fingerprint["machine"],
+        },
+        "run": {
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(perf_counter() - started, 1),
+            "peak_memory": peak(),
+            "planned_memory": plan.estimate.memory,
+            "bytes_in": plan.bytes_in,
+        },
+    }
+
+
 def _log_lines(
-    plan: Plan, source: Checkpoint, calibration: Calibration | None, fingerprint: dict[str, Any], journal: Journal
+    plan: Plan, source: Checkpoint, calibration: Calibration | None, run: dict[str, Any], journal: Journal
 ) -> list[dict[str, Any]]:
     """The run's records: one line for the whole, one per module, one per trained layer."""
     tokens = calibration.tokens if calibration else {}
     notes = [*plan.notes, *(calibration.notes if calibration else ())]
-    head = {
-        "fingerprint": digest_of(fingerprint),
+    head = run | {
         "origin": {"model_type": plan.model_type, **origin_of(source.root)},
         "calibration_tokens": tokens,
         "sequences": calibration.sequences if calibration else 0,

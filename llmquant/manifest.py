@@ -16,6 +16,7 @@ from llmquant.errors import VerifyError
 MANIFEST = "SHA256SUMS"
 RECIPE = "llmquant_recipe.yaml"
 LOG = "llmquant_log.jsonl"
+REPORT = "report.html"  # made of the others; not in the manifest, since it shows times
 ATTEMPTS = "llmquant_attempts.json"  # of a search; only there if one was made
 MIXTURE = ".llmquant/mixture.json"  # of a run that is not finished: what its target was settled to
 

@@ -1,10 +1,17 @@
 """The C heap, told to give memory back."""
 
 import ctypes
+import resource
 import sys
 
 _M_MMAP_THRESHOLD = -3  # mallopt(3), glibc
 _THRESHOLD = 4 * 2**20
+
+
+def peak() -> int:
+    """The most resident memory that this process has had, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def return_large_blocks() -> None:

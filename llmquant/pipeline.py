@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -88,6 +89,7 @@ def quantize(
     Raises:
         LlmquantError: one line that says what is wrong. Nothing in `out` then looks complete.
     """
+    started = perf_counter()
     return_large_blocks()
     out = Path(out)
     shell, plan = open_plan(model, recipe, options)
@@ -109,7 +111,7 @@ def quantize(
             else:
                 journal.commit(process(unit, place, observer))
             observer.finished(unit)
-        finish(out, plan, calibration, fingerprint, shell.source, journal)
+        finish(out, plan, calibration, fingerprint, shell.source, journal, started)
     return plan
 
 

@@ -290,4 +290,7 @@ def _record(name: str, scheme: Scheme, solution: Solution, W: Tensor, Q: Tensor,
     weight_error = lambda: float((W - Q).square().sum() / W.square().sum().clamp(min=1e-30))  # noqa: E731
     error = weight_error() if H is None else relative_error(sampled(W, SAMPLED_ROWS), sampled(Q, SAMPLED_ROWS), H)
     record = {"module": name, "method": solution.method, "scheme": str(scheme), "error": error}
+    if H is not None:
+        sizes = H.diagonal().clamp(min=0).sqrt()
+        record["outliers"] = float(sizes.max() / sizes.median().clamp(min=1e-20))  # of the channels of its input
     return record | {"damping": solution.damping, "rung": solution.rung, "scaled": solution.fold is not None}

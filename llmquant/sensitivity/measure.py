@@ -27,7 +27,7 @@ from llmquant.solve.methods import Choices
 from llmquant.solve.outliers import Outliers, outliers
 from llmquant.solve.prediction import Loss, Sensor, Trial
 
-PROBED = 32  # sequences: gradients of more of them hardly change a ranking
+PROBED = 16  # sequences: gradients of more of them hardly change a ranking
 
 Noticed = Callable[[str, int], None]  # a layer's name, and how many are left
 
