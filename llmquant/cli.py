@@ -10,9 +10,8 @@ from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
 from llmquant import search
@@ -21,7 +20,7 @@ from llmquant.compare import compare_checkpoints, show_comparison
 from llmquant.compare import plot as plot_entries
 from llmquant.convert import convert as run_conversion
 from llmquant.display import Display, console, print_json, results, show_plan, show_table
-from llmquant.errors import LlmquantError, RecipeError
+from llmquant.errors import LlmquantError
 from llmquant.evaluate.commands import (
     DatasetName,
     Json,
@@ -39,10 +38,10 @@ from llmquant.evaluate.text import Source
 from llmquant.hub import quantize_and_push
 from llmquant.hub.commands import push as push_command
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
-from llmquant.options import parse_percent, parse_ranks, parse_size
+from llmquant.options import merged_recipe, parse_percent, parse_ranks, parse_size, resolve_device, target_of
 from llmquant.pipeline import Options, preview, sense
 from llmquant.pipeline import quantize as run_quantize
-from llmquant.recipe import Recipe, read_yaml
+from llmquant.recipe import Recipe
 from llmquant.report.build import write_report
 from llmquant.runtime.generate import generate as run_generate
 from llmquant.sensitivity.tables import show_sensitivity
@@ -339,41 +338,6 @@ def run_search(
         print_json({"out": str(out), "attempts": [asdict(attempt) for attempt in attempts]})
     else:
         console.print(f"[bold]{out}[/bold] keeps the bound: {attempts[-1]}")
-
-
-def merged_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
-    """The recipe file, if any, with the options that were given laid over it."""
-    values = read_yaml(path) if path else {}
-    for key, value in given.items():
-        if isinstance(value, dict):
-            below = values.get(key, {})
-            value = (below if isinstance(below, dict) else {}) | {k: v for k, v in value.items() if v is not None}
-        if value not in (None, {}):
-            values[key] = value
-    return Recipe.from_dict(values, str(path) if path else "options")
-
-
-def resolve_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise typer.BadParameter(f"--device {device}: use auto, cpu, cuda or cuda:N") from error
-    if kind not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"--device {device}: use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
-    return device
-
-
-def target_of(bits: float | None, size: str | None, kl: float | None, choices: str | None) -> dict[str, Any]:
-    """The recipe's `target` from the options."""
-    try:
-        listed = None if choices is None else [int(part) for part in choices.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--choices {choices}: write bits and commas, as in 4,8,16") from error
-    return {"bits": bits, "size": parse_size(size, "--target-size"), "kl": kl, "choices": listed}
 
 
 class Stopped(BaseException):

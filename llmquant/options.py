@@ -1,6 +1,13 @@
-"""Values on the command line that are more than a number: sizes, percentages, lists."""
+"""What the command line says that is more than a number: sizes, lists, devices, and a recipe of many options."""
 
+from pathlib import Path
+from typing import Any
+
+import torch
 import typer
+
+from llmquant.errors import RecipeError
+from llmquant.recipe import Recipe, read_yaml
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "B": 1}
 
@@ -29,3 +36,38 @@ def parse_ranks(text: str | None) -> list[int] | None:
         return None if text is None else [int(number) for number in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"--tensor-parallel {text}: write numbers of ranks, as in 1,2,4,8") from error
+
+
+def merged_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
+    """The recipe file, if any, with the options that were given laid over it."""
+    values = read_yaml(path) if path else {}
+    for key, value in given.items():
+        if isinstance(value, dict):
+            below = values.get(key, {})
+            value = (below if isinstance(below, dict) else {}) | {k: v for k, v in value.items() if v is not None}
+        if value not in (None, {}):
+            values[key] = value
+    return Recipe.from_dict(values, str(path) if path else "options")
+
+
+def resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--device {device}: use auto, cpu, cuda or cuda:N") from error
+    if kind not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    return device
+
+
+def target_of(bits: float | None, size: str | None, kl: float | None, choices: str | None) -> dict[str, Any]:
+    """The recipe's `target` from the options."""
+    try:
+        listed = None if choices is None else [int(part) for part in choices.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--choices {choices}: write bits and commas, as in 4,8,16") from error
+    return {"bits": bits, "size": parse_size(size, "--target-size"), "kl": kl, "choices": listed}
