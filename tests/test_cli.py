@@ -58,17 +58,28 @@ def test_inspect_of_an_original_tells_what_a_run_would_cost(tiny_checkpoint: Pat
     assert facts["default_run_memory_bytes"] > 0
 
 
-def test_eval_with_baseline_and_gate(packed: Path, tiny_checkpoint: Path, text: Path) -> None:
+def test_eval_with_baseline_and_gate(packed: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     measure = ["eval", packed, "--text-file", text, "--seq-len", 64, "--max-windows", 2, "--baseline", tiny_checkpoint]
     done = llmquant(*measure, "--max-increase", "1000%", "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["mean_kl"] > 0
     assert "64" in facts["protocol"]
-    failed = llmquant(*measure, "--max-increase", "-100%", "--json")
+    assert facts["gates"]["--max-increase"]["held"] is True
+    failed = llmquant(*measure, "--max-increase", "-100%", "--json", "--junit", tmp_path / "gate.xml")
     assert failed.returncode == 3
     assert failed.stderr.splitlines()[-1].startswith("error: --max-increase: perplexity rose by")
     assert json.loads(failed.stdout)["perplexity"] == facts["perplexity"]
+    assert '<testcase classname="llmquant.eval" name="--max-increase"' in (tmp_path / "gate.xml").read_text()
+
+
+def test_compare(packed: Path, tiny_checkpoint: Path, text: Path) -> None:
+    measure = ["--text-file", text, "--seq-len", 64, "--max-windows", 2, "--no-speed", "--json"]
+    done = llmquant("compare", tiny_checkpoint, packed, *measure)
+    assert done.returncode == 0, done.stderr
+    original, quantized = json.loads(done.stdout)["checkpoints"]
+    assert (original["bits_per_weight"], quantized["bits_per_weight"]) == (16, 4.5)
+    assert quantized["mean_kl"] > 0
 
 
 def test_generate(packed: Path) -> None:
