@@ -49,7 +49,7 @@ $(CLIENTS_READY): $(BUILD_INPUTS)
 	$(CLIENTS)/python -m pip install $(TORCH)
 	$(CLIENTS)/python -m pip install --no-build-isolation -e ".[test]" compressed-tensors==0.20.0 optimum==2.3.0
 	$(CLIENTS)/python -m pip install --no-deps gptqmodel==7.7.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 \
-		pillow pypcre==0.6.4 threadpoolctl tokenicer==0.0.14
+		pillow pypcre==0.6.4 threadpoolctl tokenicer==0.0.14 auto-round==0.16.1 py-cpuinfo==9.0.0
 	@touch $@
 
 client-llamacpp: ## our GGUF files in llama.cpp, which is compiled for that, in .venv-client-llamacpp
