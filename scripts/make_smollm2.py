@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from llmquant.formats.gguf import halved
+
 HF_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -74,15 +76,9 @@ def tensors(reader: GGUFReader, facts: dict[str, Any]) -> Iterator[tuple[str, Te
         layer, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", stored.name).groups()  # type: ignore[union-attr]
         weight = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
         if kind in heads:
-            weight = unpermuted(weight, heads[kind])
+            weight = halved(weight, heads[kind])  # llama.cpp interleaves the halves of each head
         prefix = f"model.layers.{layer}." if layer else ""
-        yield f"{prefix}{HF_NAMES[kind]}.weight", weight.bfloat16()
-
-
-def unpermuted(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k, [m, n], back in the rotate-half order; llama.cpp interleaves the two halves of each head."""
-    m, n = weight.shape
-    return weight.reshape(heads, m // heads // 2, 2, n).transpose(1, 2).reshape(m, n).contiguous()
+        yield f"{prefix}{HF_NAMES[kind]}.weight", weight.bfloat16().contiguous()
 
 
 def tokenizer(facts: dict[str, Any]) -> Tokenizer:
