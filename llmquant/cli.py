@@ -19,7 +19,7 @@ from llmquant.bench.commands import app as bench_app
 from llmquant.compare import compare_checkpoints, show_comparison
 from llmquant.compare import plot as plot_entries
 from llmquant.convert import convert as run_conversion
-from llmquant.display import Display, console, print_json, results, show_plan, show_table
+from llmquant.display import Display, console, print_json, progress, results, show_plan, show_table
 from llmquant.errors import LlmquantError
 from llmquant.evaluate.commands import (
     DatasetName,
@@ -293,14 +293,16 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Several checkpoints on one text: size, bits, perplexity, KL divergence, agreement, speed."""
-    entries = compare_checkpoints(
-        directories,
-        Source(text_file, dataset),
-        Request(protocol.value, seq_len, stride, max_windows),
-        baseline=baseline,
-        max_memory=parse_size(max_memory),
-        speed=speed,
-    )
+    with progress("compare") as noticed:
+        entries = compare_checkpoints(
+            directories,
+            Source(text_file, dataset),
+            Request(protocol.value, seq_len, stride, max_windows),
+            baseline=baseline,
+            max_memory=parse_size(max_memory),
+            speed=speed,
+            noticed=noticed,
+        )
     if plot is not None:
         plot_entries(entries, plot)
     if as_json:

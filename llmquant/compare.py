@@ -1,7 +1,7 @@
 """Several checkpoints side by side on one text: what each takes, what it lost, how fast it is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def compare_checkpoints(
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
     speed: bool = True,
+    noticed: Callable[[float], None] = lambda part: None,
 ) -> list[Entry]:
     """Each checkpoint beside `baseline`, which is the first of them if not given and then has no divergence.
 
@@ -71,7 +72,7 @@ def compare_checkpoints(
     for directory in others:
         check_tokenizers(directory, load_tokenizer(directory), reference, text.content)
     windows = cut_for(reference, text, request, dtype)
-    original, *models = open_models([reference, *others], windows, dtype, max_memory)
+    original, *models = open_models([reference, *others], windows, dtype, max_memory, noticed)
     both = compare_all(models, original, windows)
     del original, models
     found = {reference: alone(reference, both[0].baseline)}

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -85,6 +87,16 @@ class Display:
                 f"worst {worst['module'].rpartition('.')[2]} error {worst['error']:.2e}, {_memory()}"
             )
         self._last.clear()
+
+
+@contextmanager
+def progress(words: str) -> Iterator[Callable[[float], None]]:
+    """A bar on a terminal, which is told each part of the work that is done; the parts add up to 1."""
+    columns = TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
+    rest = TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()
+    with Progress(*columns, *rest, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(words, total=1.0)
+        yield lambda part: bar.advance(task, part)
 
 
 def show_plan(plan: Plan, to: Console = console) -> None:

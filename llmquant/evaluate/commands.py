@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from llmquant.checkpoint.durable import write_file
-from llmquant.display import print_json, results, show_table
+from llmquant.display import print_json, progress, results, show_table
 from llmquant.evaluate.gate import gates, junit, require
 from llmquant.evaluate.protocol import Request
 from llmquant.evaluate.run import Evaluation
@@ -67,14 +67,16 @@ def evaluate(
     if (bound is not None or max_kl is not None) and baseline is None:
         raise typer.BadParameter("--max-increase and --max-kl compare with --baseline DIR; give it, too")
     started = perf_counter()
-    result = run_evaluation(
-        directory,
-        text_file=text_file,
-        dataset=dataset,
-        request=Request(protocol.value, seq_len, stride, max_windows),
-        baseline=baseline,
-        max_memory=parse_size(max_memory),
-    )
+    with progress("eval") as noticed:
+        result = run_evaluation(
+            directory,
+            text_file=text_file,
+            dataset=dataset,
+            request=Request(protocol.value, seq_len, stride, max_windows),
+            baseline=baseline,
+            max_memory=parse_size(max_memory),
+            noticed=noticed,
+        )
     asked = gates(result, bound, max_kl)
     if junit_file is not None:
         write_file(junit_file, [junit(result, asked, perf_counter() - started)])

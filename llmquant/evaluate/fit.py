@@ -1,6 +1,6 @@
 """Whether models fit: windows into what they were made for, and they into memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -21,17 +21,23 @@ SPARE = 100_000_000  # bytes: what is read and converted, and what the allocator
 
 
 def open_models(
-    directories: Sequence[Path], text: Cut, dtype: torch.dtype, max_memory: int | None = None
+    directories: Sequence[Path],
+    text: Cut,
+    dtype: torch.dtype,
+    max_memory: int | None = None,
+    noticed: Callable[[float], None] = lambda part: None,
 ) -> list[Predictor]:
     """Models to be asked together: whole if all of them fit into memory, else layer by layer.
 
     Args:
         max_memory: bytes that this process may have resident; what the machine has left if not given.
+        noticed: told each part of the work that is done; the parts add up to 1.
 
     Raises:
         RecipeError: windows do not fit a model, or not even one layer fits into `max_memory`.
         CheckpointError: a directory cannot be opened, or its tokenizer gives ids that it does not know.
     """
+    share = lambda part: noticed(part / len(directories))  # noqa: E731
     fillings = [Filling(Checkpoint.open(directory), dtype) for directory in directories]
     for directory, filling in zip(directories, fillings, strict=True):
         check_windows(directory, filling, text)
@@ -40,7 +46,7 @@ def open_models(
     vocab = max(filling.model.config.get_text_config().vocab_size for filling in fillings)
     heads = 2 * len(fillings) * longest * vocab * dtype.itemsize + 8 * WIDENED * PIECE + SPARE  # a window and the next
     if heads + sum(filling.nbytes(filling.names) for filling in fillings) <= limit:
-        return [Whole(load(directory, dtype)) for directory in directories]
+        return [Whole(load(directory, dtype), share) for directory in directories]
     states = sum(f.model.config.get_text_config().hidden_size for f in fillings) * longest * dtype.itemsize
     fixed = heads + sum(_outside(filling) for filling in fillings) + max(_largest(filling) for filling in fillings)
     at_once = (limit - fixed) // (2 * states)  # a layer makes new ones of the old, and keeps some between
@@ -49,7 +55,7 @@ def open_models(
         raise RecipeError(
             f"--max-memory: one layer with one window needs about {needed / 1e9:.1f} GB; allow that, or lower --seq-len"
         )
-    return [Layered(directory, dtype, at_once) for directory in directories]
+    return [Layered(directory, dtype, at_once, share) for directory in directories]
 
 
 def _layers(filling: Filling) -> list[str]:

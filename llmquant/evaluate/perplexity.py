@@ -1,7 +1,7 @@
 """Perplexity: exp of the mean negative log-likelihood of what comes, per token or per word as the protocol says."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
@@ -27,14 +27,16 @@ class Predictor(Interface):
 class Whole:
     """A model that is in memory as a whole."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, noticed: Callable[[float], None] = lambda part: None) -> None:
+        """`noticed` is told each part of the work that is done; the parts add up to 1."""
         self.name = str(model.name_or_path)
-        self._model = model
+        self._model, self._noticed = model, noticed
 
     @torch.no_grad()
     def logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
         for ids in windows:
             yield self._model(input_ids=ids.to(self._model.device)[None], use_cache=False).logits[0]
+            self._noticed(1 / len(windows))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`llmquant eval`: a finished directory on a text, alone or beside the checkpoint that it was made from."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,12 @@ def evaluate(
     baseline: Path | None = None,
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
+    noticed: Callable[[float], None] = lambda part: None,
 ) -> Evaluation:
     """Perplexity of `directory` on a text file or a data set; with `baseline` also KL, agreement and overlap.
 
     Models that do not fit into memory, or into `max_memory` bytes, pass the windows layer by layer; the numbers are
-    the same.
+    the same. `noticed` is told each part of the work that is done; the parts add up to 1.
 
     Raises:
         CheckpointError: a directory cannot be loaded, or the two do not share a tokenizer.
@@ -68,10 +70,10 @@ def evaluate(
     text = Source(text_file, dataset).read()
     windows = cut_for(directory, text, request, dtype)
     if baseline is None:
-        (model,) = open_models([directory], windows, dtype, max_memory)
+        (model,) = open_models([directory], windows, dtype, max_memory, noticed)
         return alone(directory, perplexity(model, windows))
     check_tokenizers(directory, load_tokenizer(directory), baseline, text.content)
-    model, reference = open_models([directory, baseline], windows, dtype, max_memory)
+    model, reference = open_models([directory, baseline], windows, dtype, max_memory, noticed)
     return beside(directory, compare(model, reference, windows))
 
 

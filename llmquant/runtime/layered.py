@@ -1,6 +1,6 @@
 """A checkpoint that need not fit into memory: all windows pass one layer, then the next one takes its place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,13 +22,22 @@ class Layered:
     one hidden state for each token of the windows.
     """
 
-    def __init__(self, directory: str | Path, dtype: torch.dtype | None = None, at_once: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        dtype: torch.dtype | None = None,
+        at_once: int | None = None,
+        noticed: Callable[[float], None] = lambda part: None,
+    ) -> None:
         """Let `at_once` windows pass together, all of them if not given; each time the checkpoint is read.
+
+        `noticed` is told each part of the work that is done; the parts add up to 1.
 
         Raises CheckpointError if there is no checkpoint that can be read.
         """
         self.name = str(directory)
         self._source, self._dtype, self._at_once = Checkpoint.open(directory), dtype, at_once
+        self._noticed = noticed
 
     def logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
         """The logits [T, vocab] of each window [T], in order.
@@ -37,10 +46,10 @@ class Layered:
         """
         step = self._at_once or len(windows)
         for start in range(0, len(windows), step):
-            yield from self._pass(windows[start : start + step])
+            yield from self._pass(windows[start : start + step], len(windows))
 
     @torch.no_grad()
-    def _pass(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _pass(self, windows: Sequence[Tensor], of: int) -> Iterator[Tensor]:
         filling = Filling(self._source, self._dtype)
         layers = derive_layout(filling.model.config).layers
         stream = Stream(filling, layers, tuple(Batch(ids[None], torch.ones_like(ids[None]).bool()) for ids in windows))
@@ -48,6 +57,7 @@ class Layered:
             with filling.filled(filling.part(layer.name)):
                 for i in range(len(windows)):
                     stream.hidden[i] = stream.forward(layer, stream.module(layer), stream.hidden, i)
+                    self._noticed(1 / (of * len(layers)))
         inside = tuple(f"{layer.name}." for layer in layers)
         filling.fill(name for name in filling.names if not name.startswith(inside))
         filling.model.tie_weights()

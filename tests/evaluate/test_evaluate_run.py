@@ -95,10 +95,12 @@ def test_layer_by_layer_the_numbers_are_the_same(tiny_checkpoint, make_checkpoin
     large = {"layers": 8, "hidden": 256, "intermediate": 4096, "vocab": 512}
     models = make_checkpoint(**large), make_checkpoint(seed=1, **large)
     measure = partial(evaluate, models[0], text_file=text_file, request=SHORT, baseline=models[1])
-    free, used = measure(), psutil.Process().memory_info().rss
+    parts: list[float] = []
+    free, used = measure(noticed=parts.append), psutil.Process().memory_info().rss
     needed = 100_000_000 + 8 * 8 * 2**20  # what is kept free, and pieces of log-probabilities
     bound = measure(max_memory=used + needed + 80_000_000)
     assert free.to_dict() == bound.to_dict()
+    assert sum(parts) == pytest.approx(1)
     with pytest.raises(RecipeError, match="--max-memory: one layer with one window needs about"):
         measure(max_memory=used)
 

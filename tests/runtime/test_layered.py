@@ -57,3 +57,10 @@ def test_no_layer_stays_in_memory(tiny_checkpoint, monkeypatch):
     devices = {name: parameter.device.type for name, parameter in made[0].named_parameters()}
     assert {device for name, device in devices.items() if ".layers." in name} == {"meta"}
     assert devices["model.norm.weight"] == "cpu"
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_parts_of_the_work_add_up(tiny_checkpoint, at_once: int | None):
+    parts: list[float] = []
+    list(Layered(tiny_checkpoint, torch.float32, at_once, parts.append).logits(IDS))
+    assert sum(parts) == pytest.approx(1)
