@@ -24,7 +24,7 @@ namespace llmquant {
 struct Integers;
 struct TokenHeads;
 
-// rows.cpp, once for each instruction set.
+// rows.cpp, once for each instruction set, and tiles.cpp.
 struct LinearKernels {
     void (*to_integers)(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last);  // tokens
     void (*multiply)(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last);     // panels
@@ -57,6 +57,9 @@ struct SolveKernels {
     void (*search_grids)(const LlmquantColumns& task, int64_t first, int64_t last);
 };
 
+namespace amx {
+extern const LinearKernels linear;
+}  // namespace amx
 namespace avx512bf16 {
 extern const AttentionKernels attention;
 }  // namespace avx512bf16

@@ -8,6 +8,10 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "attention.h"
 #include "decode.h"
@@ -34,8 +38,25 @@ bool supports_avx512() {
 }
 #endif
 
+#if defined(LLMQUANT_AMX)
+// Linux wants to be asked before a process uses tiles: their state is large.
+bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILE_DATA
+    return __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 const Level* levels() {
     static const Level all[] = {
+#if defined(LLMQUANT_AMX)
+        {"AMX", &avx512bf16::attention, &avx512::decode, &amx::linear, &avx512::solve,
+         may_use_tiles() && supports_avx512() && __builtin_cpu_supports("avx512vnni") &&
+             __builtin_cpu_supports("avx512bf16")},
+#endif
 #if defined(__x86_64__)
         {"AVX-512 BF16", &avx512bf16::attention, &avx512::decode, &avx512vnni::linear, &avx512::solve,
          supports_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")},
@@ -89,8 +110,8 @@ LlmquantLinear tokens_of(const LlmquantLinear& task, int64_t first, int64_t last
 struct Room {
     explicit Room(const LlmquantLinear& task) {
         const auto blocks = static_cast<std::size_t>(task.tokens * blocks_of(task));
-        planes.reset(new (std::nothrow)
-                         int8_t[static_cast<std::size_t>(task.tokens * task.planes * padded(task.columns))]);
+        const int64_t bytes = task.tokens * task.planes * padded(task.columns) + LLMQUANT_SLACK;
+        planes.reset(new (std::nothrow) int8_t[static_cast<std::size_t>(bytes)]);
         scales.reset(new (std::nothrow) float[blocks]);
         sums.reset(new (std::nothrow) int32_t[blocks]);
         if (planes && scales && sums) x = {planes.get(), scales.get(), sums.get()};

@@ -16,6 +16,7 @@
 
 #define LLMQUANT_PANEL 16        // rows
 #define LLMQUANT_CHUNK 32        // columns: every group and block is whole chunks
+#define LLMQUANT_SLACK 32        // bytes behind the integers of x that may be read, but never count
 #define LLMQUANT_BLOCK_MOST 128  // columns whose activations share a scale, where a group has more
 
 enum : int64_t { LLMQUANT_BF16, LLMQUANT_FP16, LLMQUANT_FP32 };  // kinds of numbers
@@ -44,7 +45,7 @@ namespace llmquant {
 
 // x in integers: x[t][i] = scale[t][i / block] * integer, and the sum of each block's integers.
 struct Integers {
-    int8_t* planes;  // [tokens][planes][padded]; with two, the integer is 128 * the first + the second
+    int8_t* planes;  // [tokens][planes][padded], then slack; with two, the integer is 128 * the first + the second
     float* scales;   // [tokens][blocks]
     int32_t* sums;   // [tokens][blocks]
 };

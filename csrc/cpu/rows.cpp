@@ -1,15 +1,10 @@
 // Products with packed weights, for the instruction set that the build names in LLMQUANT_LEVEL.
 
 #include "dot.h"
-#include "numbers.h"
+#include "panel.h"
 
 namespace llmquant {
 namespace {
-
-constexpr int64_t PANEL = LLMQUANT_PANEL;
-constexpr int64_t CHUNK = LLMQUANT_CHUNK;
-constexpr int V = PANEL / LANES;     // vectors in a step
-constexpr int64_t STEP = 4 * PANEL;  // bytes
 
 // Rows of x (tokens times planes, twice that with 8 bits) that are multiplied at once: what fits the registers.
 constexpr int MOST = LANES == 16 ? 12 : LANES == 8 ? 4 : 2;
@@ -72,34 +67,6 @@ void to_integers_any(const LlmquantLinear& task, const Integers& x, int64_t firs
     task.planes == 1 ? to_integers<1>(task, x, first, last) : to_integers<2>(task, x, first, last);
 }
 
-// ---- weights
-
-Int low_nibbles(Int bytes) { return bytes & 0x0f0f0f0f; }
-Int high_nibbles(Int bytes) { return bytes >> 4 & 0x0f0f0f0f; }
-
-// Bytes of a panel from its start to a column.
-template <int BITS>
-constexpr int64_t offset(int64_t column) {
-    return column * PANEL * BITS / 8;
-}
-
-// The scales and zero points of one group of a panel, the rows of vector v.
-struct Grid {
-    static int64_t at(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
-        return (panel * ceil_div(task.columns, task.group) + group) * PANEL + v * LANES;
-    }
-
-    static Float scale(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
-        const int64_t from = at(task, panel, group, v);
-        if (task.scale_kind == LLMQUANT_FP32) return load<Float>(static_cast<const float*>(task.scales) + from);
-        return from_half(static_cast<const uint16_t*>(task.scales) + from, task.scale_kind);
-    }
-
-    static Int zero(const LlmquantLinear& task, int64_t panel, int64_t group, int v) {
-        return task.zeros ? widen(task.zeros + at(task, panel, group, v)) : Int{} + (1 << (task.bits - 1));
-    }
-};
-
 // ---- products
 
 // PANELS panels times TOKENS tokens. Sums of integers are exact and those of blocks are added in order, so a token's
@@ -141,7 +108,7 @@ class Tile {
                 }
         }
         for (int t = 0; t < TOKENS; ++t)
-            for (int p = 0; p < PANELS; ++p) write(totals[t][p], token + t, (panel + p) * PANEL);
+            for (int p = 0; p < PANELS; ++p) write_panel(task, totals[t][p], token + t, panel + p);
     }
 
   private:
@@ -193,14 +160,6 @@ class Tile {
                         sum = end(sum, parts[0][plane][t][p][v]);
                         if (SPLIT == 2) sum += end(Int{}, parts[SPLIT - 1][plane][t][p][v]) << 4;
                     }
-    }
-
-    void write(const Float* values, int64_t t, int64_t row) const {
-        const int64_t count = min(PANEL, task.rows - row);
-        float lanes[PANEL], bias[PANEL] = {};
-        if (task.bias) read(task.bias, task.bias_kind, row, count, bias);
-        for (int v = 0; v < V; ++v) store(lanes + v * LANES, values[v] + load<Float>(bias + v * LANES));
-        llmquant::write(lanes, task.y, task.x_kind, t * task.rows + row, count);
     }
 
     const LlmquantLinear& task;

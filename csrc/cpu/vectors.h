@@ -46,6 +46,8 @@ inline void copy(Number* to, const Number* from, int64_t count) {
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace

@@ -54,6 +54,18 @@ def test_products_are_right(scheme: Scheme, level: int, planes: int, m: int, n: 
         assert off(y, x, w.real, bias) < BOUND[planes], tokens
 
 
+@pytest.mark.parametrize("planes", PLANES)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_instruction_sets_agree_on_many_tokens(scheme: Scheme, level: int, planes: int) -> None:
+    """More tokens than one strip of tiles, no whole number of them, and rows that end within a panel."""
+    w, x, bias = weight(scheme, 75, 191), random(290, 191), random(75)
+    y = NATIVE.linear(x, w.panels, bias, 75, scheme, planes, level)
+    assert off(y, x, w.real, bias) < BOUND[planes]
+    baseline = NATIVE.linear(x, w.panels, bias, 75, scheme, planes, LEVELS[-1])
+    torch.testing.assert_close(y, baseline, rtol=1e-5, atol=1e-5 * float(baseline.abs().max()))
+
+
 @settings(deadline=None)
 @given(
     scheme=st.sampled_from(SCHEMES),
