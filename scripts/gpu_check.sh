@@ -85,7 +85,7 @@ if [[ $parts == *kernels* ]]; then
         --shapes 8192x28672,8192x8192,4096x14336,14336x4096 --tokens 1,2,4,8,16,32,64,128,256,512,1024,4096
 fi
 if [[ $parts == *solver* ]]; then
-    tests solver tests/solve/test_cuda_columns.py tests/solve/test_triton_columns.py
+    tests solver tests/solve/test_gpu_columns.py tests/solve/test_triton_columns.py
     step bench-solve 180 "$python" scripts/bench_solve.py --device cuda --json "$out/solve.json"
 fi
 if [[ $parts == *quantize* ]]; then
