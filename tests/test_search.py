@@ -79,6 +79,35 @@ def test_one_that_cannot_be_met_keeps_the_best_and_a_later_search_goes_on(
     verify_checkpoint(out)
 
 
+class StopIn(Silent):
+    """Stops the search from inside its n-th attempt, as a kill would from outside."""
+
+    def __init__(self, attempt: int) -> None:
+        self._left = attempt
+
+    def planned(self, *_: object, **__: object) -> None:
+        self._left -= 1
+
+    def finished(self, unit: object) -> None:
+        if not self._left:
+            raise InterruptedError
+
+
+def test_a_stopped_search_goes_on_inside_of_its_attempt(model: Path, text: Path, tmp_path: Path) -> None:
+    out, target = tmp_path / "out", Target(-1.0, Source(text), 4, max_bits=3.6)
+    with pytest.raises(InterruptedError):
+        search(str(model), out, RTN, Options(), target, StopIn(2), lambda _: None)
+    assert not out.exists()
+    (before,) = json.loads((tmp_path / "out.attempts" / ATTEMPTS).read_text())["attempts"]
+    with pytest.raises(GateError):
+        search(str(model), out, RTN, Options(), target, Silent(), lambda _: None)
+    first, second, *_ = json.loads((out / ATTEMPTS).read_text())["attempts"]
+    assert first == before  # its time, too: it was not made again
+    assert second["name"] == "groups of 32"
+    verify_checkpoint(out)
+    assert not (tmp_path / "out.attempts").exists()
+
+
 def test_more_bits_lose_less(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError):
         run(model, tmp_path / "out", text, -1.0)
