@@ -128,7 +128,7 @@ class QuantLinear(nn.Module):
             self._lay_out(before, after)
         scales = self.scales
         super()._apply(fn, recurse)
-        self.scales = scales.to(self.scales.device)
+        self.scales = self.scales.to(scales.dtype) if scales.is_meta else scales.to(self.scales.device)
         if after == "cuda" != before != "meta":
             self._lay_out(before, after)
         QuantLinear.changes += 1

@@ -8,6 +8,8 @@ from llmquant import native
 from llmquant.errors import RecipeError
 from llmquant.kernels import cuda
 from llmquant.scheme import Quantized, Scheme
+from llmquant.solve import columns, grid
+from llmquant.solve import cuda as solve_cuda
 
 SCHEMES = [Scheme(4, g, symmetric) for g in (32, 128, -1) for symmetric in (True, False)]
 # Activations, sums in fp32 and outputs of these dtypes.
@@ -83,3 +85,27 @@ def test_many_tokens_go_through_slabs(dtype: torch.dtype, monkeypatch: pytest.Mo
 def test_no_tokens_give_none() -> None:
     w = weight(Scheme(4, 32), 8, 64)
     assert cuda.linear(torch.empty(2, 0, 64), cuda.pack(w.q, w.scheme), None, 8, w.scheme).shape == (2, 0, 8)
+
+
+# ---- the column loop of the solver
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, 32, symmetric=False)], ids=str)
+def test_rounding(scheme: Scheme, search: bool, library: native.CudaLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed over is what the definition in torch is given. Some of all grids: it takes its time."""
+    generator = torch.Generator().manual_seed(0)
+    X, work = torch.randn(256, 70, generator=generator), torch.randn(64, 21, generator=generator)
+    U = torch.linalg.cholesky(torch.linalg.inv(X.T @ X / 256), upper=True).contiguous()
+    few = grid.candidates(scheme)[::7]
+    monkeypatch.setattr(grid, "candidates", lambda _: few)
+    monkeypatch.setattr(columns, "_library", lambda _: None)
+    scales, zeros = columns.search_columns(work, torch.ones(64), 32, scheme)
+    given = (work.clone(), scales, zeros, torch.empty(64, 21, dtype=torch.uint8))
+    mine = tuple(part.clone() for part in given)
+    columns.round_columns(given[0], U, *given[1:], 32, scheme, search=search)
+    pivots = U.diagonal()[:64].reciprocal()
+    solve_cuda.round_columns(library, mine[0], U, pivots, *mine[1:], 32, scheme, few if search else None)
+    same = (mine[3] == given[3]).all(0)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(mine[0][:, same], given[0][:, same], rtol=1e-4, atol=1e-5)

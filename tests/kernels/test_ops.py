@@ -3,9 +3,11 @@
 import pytest
 import torch
 from kernel_cases import SCHEMES, Weight, relative_error, weight
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmquant.errors import RecipeError
-from llmquant.kernels import ops, reference  # noqa: F401  (ops registers the operator)
+from llmquant.kernels import ops, reference
+from llmquant.kernels.backends import PANELS, Kernels
 from llmquant.kernels.cpu import PLANES, Native
 from llmquant.native import BINDING, find_library
 from llmquant.scheme import Scheme
@@ -69,6 +71,26 @@ def test_x_may_stand_in_any_order() -> None:
     w, x = weight(Scheme(4, 32), 8, 64), torch.randn(64, 5)
     y = torch.ops.llmquant.w4_linear(x.T, *operands(w))
     assert torch.equal(y, torch.ops.llmquant.w4_linear(x.T.contiguous(), *operands(w)))
+
+
+def test_a_gpu_has_the_layout_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.compile sees the operator: shapes alone, of tensors on a GPU that need not be there."""
+    triton = pytest.importorskip("llmquant.kernels.triton", reason="needs Triton", exc_type=ImportError)
+    gpu = Kernels(triton.shapes, triton.pack, triton.unpack, triton.linear)
+    monkeypatch.setattr(ops, "kernels_for", lambda device, _: gpu if device == "cuda" else PANELS)
+    w = weight(Scheme(4, 32, symmetric=False), 8, 64)
+    layouts = triton.pack(w.q, w.scheme), w.panels
+    with FakeTensorMode():
+        packed, panels = (
+            [torch.empty(part.shape, dtype=part.dtype, device="cuda") for part in parts] for parts in layouts
+        )
+        x = torch.empty(2, 3, 64, dtype=torch.bfloat16, device="cuda")
+        y = torch.ops.llmquant.w4_linear(x, *packed, None, 8, 4, 32, 2)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 3, 8), torch.bfloat16, "cuda")
+        with pytest.raises(RuntimeError, match="w4_linear: codes is "):
+            torch.ops.llmquant.w4_linear(x, *panels, None, 8, 4, 32, 2)
+        with pytest.raises(RuntimeError, match=r"w4_linear: bias is .*, on cpu; expected .* on cuda"):
+            torch.ops.llmquant.w4_linear(x, *packed, torch.empty(8), 8, 4, 32, 2)
 
 
 def test_without_the_binding_the_library_is_called_all_the_same() -> None:

@@ -68,6 +68,14 @@ def test_another_device_may_want_another_layout(monkeypatch: pytest.MonkeyPatch)
     assert all(map(torch.equal, before.values(), after.values()))
 
 
+def test_memory_may_come_before_the_weight() -> None:
+    scheme = Scheme(4, 32)
+    before = QuantLinear.from_quantized(quantized(scheme), scheme).state_dict()
+    empty = QuantLinear.from_quantized(quantized(scheme), scheme).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(before)
+    assert all(map(torch.equal, empty.state_dict().values(), before.values()))
+
+
 def test_state_dict_round_trip() -> None:
     scheme = Scheme(4, 32, symmetric=False)
     source = QuantLinear.from_quantized(quantized(scheme), scheme)
