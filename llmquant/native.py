@@ -151,8 +151,10 @@ def _wanted() -> str:
     return wanted
 
 
-def active_backend() -> str:
-    """`native` or `reference`: what computes on the CPU."""
+def active_backend(device: str = "cpu") -> str:
+    """One of BACKENDS: what computes on this type of device."""
+    if device == "cuda":
+        return find_gpu_backend().name
     return "reference" if isinstance(find_library(), str) else "native"
 
 

@@ -158,7 +158,7 @@ class Plan:
             "machine": {
                 "device": torch.cuda.get_device_name(shell.device) if shell.device.type == "cuda" else "cpu",
                 "instructions": torch.backends.cpu.get_cpu_capability(),
-                "backend": active_backend(),
+                "backend": active_backend(shell.device.type),
                 "dtype": str(shell.dtype),
                 "threads": torch.get_num_threads(),
             },
