@@ -55,25 +55,30 @@ __device__ __forceinline__ float shuffle(float value, int lane, int width) {
 }
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 
-// Weights are read once: they need no place in L1, and the first to leave L2 are they.
+// Weights are read once: they need no place in L1, and the first to leave L2 are they. (A policy is made where it is
+// needed, and keeps no registers in between.)
 __device__ __forceinline__ uint64_t evict_first() {
     uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
 __device__ __forceinline__ uint64_t evict_normal() {
     uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
-__device__ __forceinline__ Words load_once(const Words* from, uint64_t policy) {
-    Words words;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
-                 : "l"(from), "l"(policy));
-    return words;
+// Into the registers that `words` has: nothing is left to copy, which would wait for what is on its way.
+__device__ __forceinline__ void load_once(Words& words, const Words* from, bool wanted, uint64_t policy) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %6, 0;\n"
+        "@wanted ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"
+        "}"
+        : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3])
+        : "l"(from), "l"(policy), "r"(static_cast<int>(wanted)));
 }
 
 // What another block wrote: from L2, as L1 may hold older values.
@@ -124,6 +129,13 @@ __device__ __forceinline__ void multiply_add<Bf16>(float (&c)[4], const uint32_t
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// (a & b) | c: one instruction, where two constants would otherwise make it two.
+__device__ __forceinline__ uint32_t merge(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
 }
 
 // Two numbers in a word: a b + c, rounded once. (bf16 has no other arithmetic before sm_90.)

@@ -252,9 +252,10 @@ inline float shuffle_xor(float value, int mask) {
 inline uint64_t evict_first() { return 0; }
 inline uint64_t evict_normal() { return 0; }
 
-inline Words load_once(const Words* from, uint64_t) {
+inline void load_once(Words& words, const Words* from, bool wanted, uint64_t) {
+    if (!wanted) return;
     emulated::expect_aligned(from);
-    return *from;
+    words = *from;
 }
 inline float load_fresh(const float* from) { return *from; }
 inline Floats load_fresh(const Floats* from) {
@@ -343,6 +344,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
             }
     });
 }
+
+inline uint32_t merge(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 
 template <class T>
 uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {

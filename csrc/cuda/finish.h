@@ -28,14 +28,10 @@ __device__ __forceinline__ float bias_at(const Product& product, int row) {
     return product.bias_kind == LLMQUANT_CUDA_FP16 ? to_float<Fp16>(bits) : to_float<Bf16>(bits);
 }
 
-// Bytes of a granule of x that are there, and not past its tokens or columns.
-__device__ __forceinline__ int granule_bytes(const Product& product, int token, int column) {
-    const int left = 2 * (product.weight.layout.columns - column);
-    return token < product.tokens ? max(0, min(16, left)) : 0;
-}
-
-__device__ __forceinline__ const uint16_t* granule_source(const Product& product, int token, int column, int bytes) {
-    return bytes ? product.x + token * product.x_stride + column : product.x;
+// Starts the copy of the granule of x that begins at a column; past the last column there are zeros.
+__device__ __forceinline__ void copy_granule(const Product& product, int token, int column, Words* to) {
+    const int bytes = max(0, min(16, 2 * (product.weight.layout.columns - column)));
+    copy_async(to, bytes ? product.x + token * product.x_stride + column : product.x, bytes);
 }
 
 // The two scales of word j of a lane, or its two zeros: those of its rows, and of the rows 8 further down.
@@ -53,7 +49,8 @@ template <class T>
 __device__ __forceinline__ void to_weights(uint32_t word, uint32_t zeros, int j, uint32_t (&a)[4]) {
     const Offsets offsets[2] = {offsets_of<T>(zeros, j, 0), offsets_of<T>(zeros, j, 1)};
 #pragma unroll
-    for (int r = 0; r < 4; ++r) a[r] = fma2<T>(T::raw(word, r), T::factor(r), T::offset(offsets[r % 2], r));
+    for (int r = 0; r < 4; ++r)
+        a[r] = fma2<T>(merge(word >> T::shift(r), T::mask(r), T::BASE), T::factor(r), T::offset(offsets[r % 2], r));
 }
 
 constexpr uint32_t MIDPOINTS = 0x88888888;  // the zeros of a symmetric weight

@@ -77,14 +77,14 @@ struct Part {
 template <class Tile, bool ZEROS>
 struct Source {
     const Product& product;
-    uint64_t policy;
     int row_tile, token_tile;
 
     __device__ void stage_weight(Stage<Tile>& to, int chunk) const {
         const Layout& layout = product.weight.layout;
         constexpr int COUNT = ROW_WARPS * Tile::STEPS * LANES;
+        const uint64_t policy = product.tokens <= Tile::TOKENS ? evict_first() : evict_normal();
 #pragma unroll 1
-        for (int i = thread_index(); i < COUNT; i += THREADS) {
+        for (unsigned i = thread_index(); i < COUNT; i += THREADS) {
             const int half = i / (Tile::STEPS * LANES), at = i % (Tile::STEPS * LANES);
             const int64_t from = words_at(layout.steps, row_tile * ROW_WARPS + half, chunk * Tile::STEPS, at);
             copy_async_once(&to.codes[half][at], product.weight.codes + from, policy);
@@ -102,12 +102,12 @@ struct Source {
 
     __device__ void stage_x(Stage<Tile>& to, int chunk) const {
 #pragma unroll 1
-        for (int i = thread_index(); i < Tile::TOKENS * Tile::GRANULES; i += THREADS) {
-            const int token = i / Tile::GRANULES, granule = i % Tile::GRANULES;
-            const int of_all = token_tile * Tile::TOKENS + token, column = chunk * Tile::COLUMNS + granule * GRANULE;
-            const int bytes = granule_bytes(product, of_all, column);
-            copy_async(&to.x[activations_at(Tile::GRANULES, token, granule)],
-                       granule_source(product, of_all, column, bytes), bytes);
+        for (unsigned i = thread_index(); i < Tile::TOKENS * Tile::GRANULES; i += THREADS) {
+            const int of_tile = i / Tile::GRANULES, granule = i % Tile::GRANULES;
+            const int token = token_tile * Tile::TOKENS + of_tile;
+            if (token < product.tokens)  // what stands where there is none is multiplied, too, and never read
+                copy_granule(product, token, chunk * Tile::COLUMNS + granule * GRANULE,
+                             &to.x[activations_at(Tile::GRANULES, of_tile, granule)]);
         }
     }
 };
@@ -177,7 +177,7 @@ __device__ void run(const Source<Tile, ZEROS>& source, const Segment& segment, S
     const int ahead = min(STAGES - 1, count);
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) source.stage_weight(shared.stages[i], segment.begin + i);
-    await_previous();  // x may come from it; the weight does not
+    if (source.product.overlap) await_previous();  // x may come from it; the weight does not
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; ++i) {
         if (i < ahead) source.stage_x(shared.stages[i], segment.begin + i);
@@ -204,8 +204,7 @@ __device__ void run(const Source<Tile, ZEROS>& source, const Segment& segment, S
         if (i + 1 < count) fragments[0].load(shared.stages[(i + 1) % STAGES], part, 0);
         multiply<T, Tile>(fragments[1], grid, sums);
     }
-    await_copies<0>();
-    sync_block();  // the stages become room for sums
+    // The last barrier was behind every copy and every read: the stages have become room for sums.
 }
 
 template <class Tile>
@@ -233,7 +232,7 @@ __device__ void add_columns(Shared<Tile>& shared, Sums<Tile>& sums) {
         for (int i = 0; i < Tile::SUMS; ++i) own[i * LANES] = get<Tile>(sums, i);
     sync_block();
     if (part.column_warp == 0)
-#pragma unroll
+#pragma unroll 1
         for (int warp = 0; warp < Tile::COLUMN_WARPS - 1; ++warp)
 #pragma unroll
             for (int i = 0; i < Tile::SUMS; ++i) add<Tile>(sums, i, own[warp * Tile::TILE_SUMS + i * LANES]);
@@ -311,15 +310,15 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) multiply_tiles(Product 
     let_next_begin();
     Shared<Tile>& shared = *reinterpret_cast<Shared<Tile>*>(shared_memory());
     const int token_tiles = (product.tokens + Tile::TOKENS - 1) / Tile::TOKENS;
-    const uint64_t policy = token_tiles == 1 ? evict_first() : evict_normal();
     for (int unit = first_unit(product.schedule, block_index()); has_unit(product.schedule, block_index(), unit);) {
         const Segment segment = segment_at(product.schedule, block_index(), unit);
-        const Source<Tile, ZEROS> source = {product, policy, segment.tile / token_tiles, segment.tile % token_tiles};
+        const int row_tile = segment.tile / token_tiles, token_tile = segment.tile - row_tile * token_tiles;
+        const Source<Tile, ZEROS> source = {product, row_tile, token_tile};
         Sums<Tile> sums = {};
         run<T, ZEROS, Tile>(source, segment, shared, sums);
         add_columns<Tile>(shared, sums);
         if (is_whole(product.schedule, segment) || add_blocks<Tile>(product, segment, shared, sums))
-            write<T, Tile>(product, source.row_tile, source.token_tile, shared, sums);
+            write<T, Tile>(product, row_tile, token_tile, shared, sums);
         sync_block();  // the results become room for stages
         unit = unit_after(product.schedule, segment);
     }
@@ -348,7 +347,7 @@ int64_t tile_bytes(int64_t tokens) {
     return choose_tiling(tokens, [](auto tiling) { return decltype(tiling)::TILE_SUMS * int64_t{sizeof(Floats)}; });
 }
 
-int64_t start(const Product& product, int64_t kind, bool overlap, void* stream) {
+int64_t start(const Product& product, int64_t kind, void* stream) {
     return choose_tiling(product.tokens, [&](auto tiling) {
         using Tile = decltype(tiling);
         const bool fp16 = kind == LLMQUANT_CUDA_FP16;
@@ -357,7 +356,7 @@ int64_t start(const Product& product, int64_t kind, bool overlap, void* stream) 
                                         : fp16 ? multiply_tiles<Fp16, false, Tile>
                                                : multiply_tiles<Bf16, false, Tile>;
         const int bytes = static_cast<int>(sizeof(Shared<Tile>));
-        return launch(kernel, {product.schedule.blocks, THREADS, bytes, overlap, stream}, product);
+        return launch(kernel, {product.schedule.blocks, THREADS, bytes, product.overlap, stream}, product);
     });
 }
 

@@ -51,13 +51,12 @@ struct Walk {
         if (unit < end) {
             const Layout& layout = product.weight.layout;
             Unit& to = ring[slot];
+            // What stands where there is no token is multiplied, too, and never read.
 #pragma unroll 1  // unrolled, its addresses take the registers of codes
-            for (int i = lane; i < TOKENS * GRANULES; i += LANES) {
+            for (unsigned i = lane; i < static_cast<unsigned>(product.tokens * GRANULES); i += LANES) {
                 const int token = i / GRANULES, granule = i % GRANULES;
-                const int column = unit * COLUMNS + granule * GRANULE;
-                const int bytes = granule_bytes(product, token, column);
-                copy_async(&to.x[activations_at(GRANULES, token, granule)],
-                           granule_source(product, token, column, bytes), bytes);
+                copy_granule(product, token, unit * COLUMNS + granule * GRANULE,
+                             &to.x[activations_at(GRANULES, token, granule)]);
             }
             const int64_t grid = grid_at(layout.groups, tile, unit * STEPS >> layout.shift) / 8;
             const int groups = narrow ? 2 : 1;
@@ -73,10 +72,9 @@ struct Walk {
     }
 
     __device__ void load(int unit, int end, uint64_t policy, Words (&codes)[STEPS]) const {
-        if (unit >= end) return;
         const Words* from = codes_of(unit);
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) codes[step] = load_once(from + step * LANES, policy);
+        for (int step = 0; step < STEPS; ++step) load_once(codes[step], from + step * LANES, unit < end, policy);
     }
 
     // One unit. Its codes make room, one step after the other, for those of the unit after the next.
@@ -85,7 +83,7 @@ struct Walk {
         sync_warp();  // the copies of all lanes are there, and none reads the unit before any more
         stage(unit + RING - 1, end, slot == 0 ? RING - 1 : slot - 1);
         const Unit& staged = ring[slot];
-        const Words* next = unit + 2 < end ? codes_of(unit + 2) : nullptr;
+        const Words* next = codes_of(unit + 2);
 
         float fresh[WORDS][4] = {};
         uint32_t b[4];  // of two steps
@@ -97,14 +95,13 @@ struct Walk {
                 load_matrices(
                     b,
                     &staged.x[activations_at(GRANULES, gemv_matrix_token(lane), 2 * step + gemv_matrix_granule(lane))]);
-            const Words words = codes[step];
-            if (next) codes[step] = load_once(next + step * LANES, policy);
 #pragma unroll
             for (int j = 0; j < WORDS; ++j) {
                 uint32_t a[4];
-                to_weights<T>(words.word[j], zeros, j, a);
+                to_weights<T>(codes[step].word[j], zeros, j, a);
                 multiply_add<T>(fresh[j], a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
             }
+            load_once(codes[step], next + step * LANES, unit + 2 < end, policy);
             if (step == STEPS - 1 || (step == 1 && narrow)) add(staged.scales[group][lane / 4], fresh);
         }
     }
@@ -123,10 +120,10 @@ struct Walk {
     // Units [begin, end).
     __device__ void walk(int begin, int end) {
         const uint64_t policy = evict_first();
-        Words codes[2][STEPS];
+        Words codes[2][STEPS] = {};
         load(begin, end, policy, codes[0]);
         load(begin + 1, end, policy, codes[1]);
-        await_previous();  // x may come from it; the codes do not
+        if (product.overlap) await_previous();  // x may come from it; the codes do not
         for (int ahead = 0; ahead < RING - 1; ++ahead) stage(begin + ahead, end, ahead);
 #pragma unroll 1
         for (int unit = begin, slot = 0; unit < end; unit += 2) {
@@ -230,12 +227,12 @@ Schedule schedule(const Layout& layout, int64_t, const Device& device) {
 
 int64_t tile_bytes(int64_t) { return TOKENS * ROWS * int64_t{sizeof(float)}; }
 
-int64_t start(const Product& product, int64_t kind, bool overlap, void* stream_of_task) {
+int64_t start(const Product& product, int64_t kind, void* stream_of_task) {
     const bool fp16 = kind == LLMQUANT_CUDA_FP16;
     void (*const kernel)(Product) = product.weight.zeros ? fp16 ? stream<Fp16, true> : stream<Bf16, true>
                                     : fp16               ? stream<Fp16, false>
                                                          : stream<Bf16, false>;
-    return launch(kernel, {product.schedule.blocks, THREADS, sizeof(Shared), overlap, stream_of_task}, product);
+    return launch(kernel, {product.schedule.blocks, THREADS, sizeof(Shared), product.overlap, stream_of_task}, product);
 }
 
 }  // namespace

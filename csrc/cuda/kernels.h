@@ -39,6 +39,7 @@ struct Product {
     uint32_t* tickets;
     int64_t x_stride;
     int tokens, bias_kind;
+    bool overlap;  // it may have begun before what is before it has ended
     Schedule schedule;
 };
 
@@ -46,7 +47,7 @@ struct Product {
 struct Path {
     Schedule (*schedule)(const Layout& layout, int64_t tokens, const Device& device);
     int64_t (*tile_bytes)(int64_t tokens);
-    int64_t (*start)(const Product& product, int64_t kind, bool overlap, void* stream);
+    int64_t (*start)(const Product& product, int64_t kind, void* stream);
 };
 
 extern const Path gemv, gemm;

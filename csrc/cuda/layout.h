@@ -69,7 +69,7 @@ LLMQUANT_BOTH constexpr int sum_token(int lane, int r) { return 2 * (lane % 4) +
 // Activations stand in shared memory by tokens, in rows of `granules` (a multiple of 8) granules. A granule of the same
 // columns stands in another place for each of 8 tokens, so that ldmatrix finds all 8 in different banks.
 LLMQUANT_BOTH constexpr int activations_at(int granules, int token, int granule) {
-    return token * granules + (granule ^ (token % 8));
+    return token * granules + (granule ^ (token & 7));
 }
 // ldmatrix.x4 takes the address of row `lane % 8` of 8 x 8 matrix `lane / 8`. The matrices are here: granule 0 and 1 of
 // a step, then those of the next 8 tokens (gemm); or the 4 granules of two steps (gemv).
@@ -92,10 +92,11 @@ struct Fp16 {
     LLMQUANT_BOTH static constexpr Offsets offsets(uint32_t zero) {
         return {0xe400e400 | zero * 0x00010001, 0xd400d400 | zero * 0x00100010};  // -(1024 + zero), -(64 + zero)
     }
-    // Register r of A: rows 8 (r % 2) on, columns 8 (r / 2) on. `raw` times `factor` plus the offset is the weight.
-    LLMQUANT_BOTH static constexpr uint32_t raw(uint32_t word, int r) {
-        return (word >> 8 * (r % 2) & (r / 2 ? 0x00f000f0u : 0x000f000fu)) | 0x64006400;
-    }
+    // Register r of A: rows 8 (r % 2) on, columns 8 (r / 2) on. Of a word shifted and masked, with `base` merged into
+    // it, `factor` times that plus the offset is the weight.
+    static constexpr uint32_t BASE = 0x64006400;
+    LLMQUANT_BOTH static constexpr int shift(int r) { return 8 * (r % 2); }
+    LLMQUANT_BOTH static constexpr uint32_t mask(int r) { return r / 2 ? 0x00f000f0u : 0x000f000fu; }
     LLMQUANT_BOTH static constexpr uint32_t factor(int r) { return r / 2 ? SIXTEENTH : ONE; }
     LLMQUANT_BOTH static constexpr uint32_t offset(const Offsets& offsets, int r) {
         return r / 2 ? offsets.high : offsets.low;
@@ -108,9 +109,9 @@ struct Bf16 {
     LLMQUANT_BOTH static constexpr Offsets offsets(uint32_t zero) {
         return {0xc300c300 | zero * 0x00010001, 0};  // -(128 + zero)
     }
-    LLMQUANT_BOTH static constexpr uint32_t raw(uint32_t word, int r) {
-        return (word >> (8 * (r % 2) + 4 * (r / 2)) & 0x000f000fu) | 0x43004300;
-    }
+    static constexpr uint32_t BASE = 0x43004300;
+    LLMQUANT_BOTH static constexpr int shift(int r) { return 8 * (r % 2) + 4 * (r / 2); }
+    LLMQUANT_BOTH static constexpr uint32_t mask(int) { return 0x000f000f; }
     LLMQUANT_BOTH static constexpr uint32_t factor(int) { return ONE; }
     LLMQUANT_BOTH static constexpr uint32_t offset(const Offsets& offsets, int) { return offsets.low; }
 };

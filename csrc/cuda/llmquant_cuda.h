@@ -73,7 +73,7 @@ typedef struct LlmquantCudaLinear {
     LlmquantCudaWeight weight; /* scale_kind is kind */
     const void* x;             /* [tokens][x_stride], aligned to 16 bytes; what follows the columns is not read */
     const void* bias;          /* [rows]; null: none */
-    void* y;                   /* [tokens][rows] */
+    void* y;                   /* [tokens][rows], aligned to 16 bytes */
     int64_t tokens;
     int64_t x_stride;  /* numbers from one token to the next: a multiple of 8, at least columns */
     int64_t kind;      /* of x and y: bf16 or fp16 */

@@ -25,7 +25,8 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     if (!is_size(task.tokens) || task.x_stride < task.weight.columns) return LLMQUANT_CUDA_BAD_SIZE;
     if (!is_16_bits(task.kind) || task.weight.scale_kind != task.kind || (task.bias && !is_kind(task.bias_kind)))
         return LLMQUANT_CUDA_BAD_KIND;
-    if (!aligned(task.x) || task.x_stride % GRANULE || !aligned(task.partials)) return LLMQUANT_CUDA_BAD_ALIGNMENT;
+    if (!aligned(task.x) || task.x_stride % GRANULE || !aligned(task.y) || !aligned(task.partials))
+        return LLMQUANT_CUDA_BAD_ALIGNMENT;
     if (task.path < LLMQUANT_CUDA_AUTO || task.path > LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
     if (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
     if (const int64_t error = find_device(&plan->device)) return error;
@@ -43,8 +44,9 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     product.x_stride = task.x_stride;
     product.tokens = static_cast<int>(task.tokens);
     product.bias_kind = static_cast<int>(task.bias_kind);
+    product.overlap = task.overlap && plan->device.capability >= 90;
     product.schedule = path.schedule(product.weight.layout, task.tokens, plan->device);
-    if (int64_t{product.schedule.tiles} * product.schedule.chunks > MOST) return LLMQUANT_CUDA_BAD_SIZE;
+    if (!product.schedule.blocks) return LLMQUANT_CUDA_BAD_SIZE;
     plan->partials_bytes = product.schedule.blocks * SLOTS * path.tile_bytes(task.tokens);
     plan->tickets = product.schedule.tiles;
     return 0;
@@ -75,6 +77,5 @@ int64_t llmquant_cuda_linear(const LlmquantCudaLinear* task, void* stream) {
     if (plan.path == LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
     if (task->partials_bytes < plan.partials_bytes || task->tickets_count < plan.tickets) return LLMQUANT_CUDA_NO_ROOM;
     const Path& path = plan.path == LLMQUANT_CUDA_GEMV ? gemv : gemm;
-    const bool overlap = task->overlap && plan.device.capability >= 90;
-    return path.start(plan.product, task->kind, overlap, stream);
+    return path.start(plan.product, task->kind, stream);
 }

@@ -11,6 +11,8 @@
 
 namespace llmquant::cuda {
 
+constexpr int64_t MOST_UNITS = int64_t{1} << 30;
+
 struct Schedule {
     int tiles, chunks;
     int blocks;  // at most as many as there are units
@@ -18,9 +20,10 @@ struct Schedule {
     int extra;
 };
 
-// Whether there are few enough units to count them in 32 bits is for the caller to check.
+// Of no blocks, if there are more units than can be counted in 32 bits.
 constexpr Schedule schedule_of(int64_t tiles, int64_t chunks, int64_t blocks) {
     const int64_t units = tiles * chunks;
+    if (tiles > MOST_UNITS || units > MOST_UNITS) return {};
     blocks = blocks < units ? blocks : units;
     return {static_cast<int>(tiles), static_cast<int>(chunks), static_cast<int>(blocks),
             static_cast<int>(units / blocks), static_cast<int>(units % blocks)};

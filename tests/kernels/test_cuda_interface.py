@@ -1,0 +1,90 @@
+"""The interface of the CUDA library refuses what its kernels cannot do, by a code that has words."""
+
+import ctypes
+
+import pytest
+import torch
+from emulated_cuda import DEQUANTIZE, GEMM, GEMV, Emulator, Linear, Packed, Weight, random_weight
+
+from llmquant.scheme import Scheme
+
+SIZE, GROUP, KIND, ALIGNMENT, PATH, ROOM, OLD = range(-1, -8, -1)
+
+
+@pytest.fixture(scope="module")
+def packed(emulator: Emulator) -> Packed:
+    return emulator.pack(random_weight(Scheme(4, 64), 64, 128), Scheme(4, 64), torch.float16)
+
+
+def linear(packed: Packed, **changes: int) -> Linear:
+    """A task that is right but for its workspace, and then changed."""
+    weight = Weight(*(getattr(packed.task, name) for name, _ in Weight._fields_))
+    for name in list(changes):
+        if name in dict(Weight._fields_):
+            setattr(weight, name, changes.pop(name))
+    return Linear(weight, **{"x": 16, "y": 16, "tokens": 3, "x_stride": 128, "kind": 1, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"rows": 0}, SIZE),
+        ({"columns": -1}, SIZE),
+        ({"rows": 2**40}, SIZE),
+        ({"tokens": 0}, SIZE),
+        ({"x_stride": 120}, SIZE),
+        ({"group": 48}, GROUP),
+        ({"group": 16}, GROUP),
+        ({"scale_kind": 2}, KIND),
+        ({"scale_kind": 0}, KIND),
+        ({"kind": 2}, KIND),
+        ({"bias": 16, "bias_kind": 3}, KIND),
+        ({"x": 8}, ALIGNMENT),
+        ({"y": 2}, ALIGNMENT),
+        ({"codes": 4}, ALIGNMENT),
+        ({"x_stride": 132}, ALIGNMENT),
+        ({"path": 9}, PATH),
+        ({"path": GEMV, "tokens": 9}, PATH),
+        ({"path": GEMM, "tokens": 2**30, "rows": 2**30}, SIZE),
+    ],
+    ids=str,
+)
+def test_tasks_are_refused(emulator: Emulator, packed: Packed, changes: dict[str, int], code: int) -> None:
+    emulator.emulate()
+    task = linear(packed, **changes)
+    assert emulator.call("path", ctypes.byref(task)) == code
+    assert emulator.call("linear", ctypes.byref(task), None) == code
+    assert emulator.functions.llmquant_cuda_message(ctypes.c_int64(code)) != b"an unknown error"
+
+
+def test_the_workspace_has_to_be_there(emulator: Emulator, packed: Packed) -> None:
+    emulator.emulate()
+    task = linear(packed)
+    assert emulator.call("linear", ctypes.byref(task), None) == ROOM
+    task.partials_bytes, task.tickets_count = emulator.sizes("workspace", task, 2)
+    task.tickets_count -= 1
+    assert emulator.call("linear", ctypes.byref(task), None) == ROOM
+
+
+def test_slabs_are_inside_of_the_weight(emulator: Emulator, packed: Packed) -> None:
+    def refused(first: int, count: int, kind: int = 1, out: int = 16) -> int:
+        numbers = map(ctypes.c_int64, (first, count, kind))
+        return emulator.call("dequantize", ctypes.byref(packed.task), *numbers, ctypes.c_void_p(out), None)
+
+    assert refused(0, 65) == refused(64, 1) == refused(1, 1) == refused(-64, 64) == refused(0, 0) == SIZE
+    assert refused(0, 64, kind=3) == KIND
+    assert refused(0, 64, out=8) == ALIGNMENT
+
+
+@pytest.mark.parametrize(
+    ("capability", "paths"),
+    [
+        (90, {1: GEMV, 8: GEMV, 9: GEMM, 512: GEMM, 513: DEQUANTIZE}),
+        (80, {8: GEMV, 9: GEMM, 256: GEMM, 257: DEQUANTIZE}),
+        (75, {1: OLD}),
+    ],
+)
+def test_paths_by_tokens(emulator: Emulator, packed: Packed, capability: int, paths: dict[int, int]) -> None:
+    emulator.emulate(capability=capability)
+    found = {tokens: emulator.call("path", ctypes.byref(linear(packed, tokens=tokens))) for tokens in paths}
+    assert found == paths
