@@ -18,6 +18,7 @@ import torch
 
 from llmquant.calibration.prepare import prepare
 from llmquant.checkpoint import durable
+from llmquant.checkpoint.parts import file_sha256
 from llmquant.checkpoint.strict_json import parse_object
 from llmquant.checkpoint.writer import json_bytes, write_json
 from llmquant.errors import GateError, OutputError, RecipeError
@@ -27,7 +28,7 @@ from llmquant.evaluate.perplexity import Perplexity, perplexity
 from llmquant.evaluate.protocol import Request
 from llmquant.evaluate.run import cut_for
 from llmquant.evaluate.text import Source
-from llmquant.manifest import ATTEMPTS, MANIFEST
+from llmquant.manifest import ATTEMPTS, MANIFEST, RECIPE
 from llmquant.observer import Observer
 from llmquant.pipeline import Options, open_plan, quantize
 from llmquant.plan import Plan, stored_bits
@@ -65,7 +66,7 @@ class Attempt:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json_bytes(self.recipe)).hexdigest()[:12]
+        return digest_of(self.recipe)
 
     def __str__(self) -> str:
         size = f"{self.name}: {self.bits_per_weight:.2f} bits per weight, {self.bytes / 1e6:.1f} MB"
@@ -75,6 +76,10 @@ class Attempt:
         return f"{size}, perplexity {self.perplexity:.2f}, {self.increase:+.2%}{around}, {self.seconds:.0f} s"
 
 
+def digest_of(recipe: dict[str, Any]) -> str:
+    return hashlib.sha256(json_bytes(recipe)).hexdigest()[:12]
+
+
 class Search:
     """One search and what it has on the disk.
 
@@ -82,7 +87,9 @@ class Search:
         attempts: in the order in which they were made; those of earlier searches for the same thing among them.
     """
 
-    def __init__(self, model: str, out: Path, options: Options, target: Target, observer: Observer) -> None:
+    def __init__(
+        self, model: str, out: Path, calibration: str, options: Options, target: Target, observer: Observer
+    ) -> None:
         """Raises OutputError if `out` holds something else."""
         self._out, self._work = out, out.parent / f"{out.name}.attempts"
         self._model, self._target, self._observer = model, target, observer
@@ -97,6 +104,7 @@ class Search:
         self._head = {
             "input": self._shell.source.fingerprint(),
             "protocol": str(self._text.protocol),
+            "calibration": file_sha256(Path(calibration)) if Path(calibration).is_file() else calibration,
             "llmquant": __version__,
         }
         self.attempts: list[Attempt] = []
@@ -145,17 +153,21 @@ class Search:
         write_json(self._work / ATTEMPTS, {"head": self._head, "attempts": [asdict(a) for a in self.attempts]})
 
     def finish(self) -> None:
-        """Put the best checkpoint, and the record, in the place of OUT."""
+        """Put the best checkpoint, and the record, in the place of OUT.
+
+        It is made again if an earlier search, with another budget, removed it for a better one.
+        """
         best = self.best
         self._clear()
-        if best is None:
-            return
-        with durable.reported(self._out):
-            if (self._work / ATTEMPTS).exists():
-                shutil.copyfile(self._work / ATTEMPTS, self._work / best.digest / ATTEMPTS)
-            if self._out.exists():
-                shutil.rmtree(self._out)
-            durable.replace(self._work / best.digest, self._out)
+        if best is not None:
+            directory = self._work / best.digest
+            quantize(self._model, directory, Recipe.from_dict(best.recipe), self._options, self._observer)
+            with durable.reported(self._out):
+                shutil.copyfile(self._work / ATTEMPTS, directory / ATTEMPTS)
+                if self._out.exists():
+                    shutil.rmtree(self._out)
+                durable.replace(directory, self._out)
+        with durable.reported(self._work):
             shutil.rmtree(self._work)
 
     def _bits(self, plan: Plan) -> float:
@@ -180,7 +192,7 @@ class Search:
         return replace(made, perplexity=found.value, increase=increase, interval=ends.get("increase"))
 
     def _read(self, directory: Path) -> Perplexity:
-        (model,) = open_models([directory], self._text, torch.float32)
+        (model,) = open_models([directory], self._text, torch.float32, self._options.max_memory)
         return perplexity(model, self._text)
 
     def _clear(self, keep: Attempt | None = None) -> None:
@@ -193,23 +205,22 @@ class Search:
 
     def _take_up(self) -> None:
         """What an earlier search for the same thing left, in OUT.attempts or, if it came to an end, in OUT."""
-        finished = (self._out / MANIFEST).is_file()
+        finished, ended = (self._out / MANIFEST).is_file(), self._recorded(self._out)
         if self._out.exists() and not finished and any(self._out.iterdir()):
             raise OutputError(f"{self._out}: holds something that is no checkpoint of llmquant; choose another -o")
+        if finished and not ended and not self._overwrite:
+            raise OutputError(f"{self._out}: holds a finished checkpoint; use --overwrite to replace it")
         with durable.reported(self._work):
             if not self._options.resume and self._work.exists():
                 shutil.rmtree(self._work)
             durable.make_directory(self._work)
-            self.attempts = self._recorded(self._work)
-            ended = [] if self.attempts else self._recorded(self._out)
+            self.attempts = max(self._recorded(self._work), ended, key=len)
             if ended:
-                self.attempts = ended
-                self._record()
-                if self.best is not None:
-                    durable.replace(self._out, self._work / self.best.digest)
-            elif finished and not self._overwrite:
-                self._work.rmdir()
-                raise OutputError(f"{self._out}: holds a finished checkpoint; use --overwrite to replace it")
+                place = self._work / digest_of(Recipe.from_yaml(self._out / RECIPE).model_dump(mode="json"))
+                if place.exists():
+                    shutil.rmtree(place)
+                durable.replace(self._out, place)
+        self._record()
 
     def _recorded(self, directory: Path) -> list[Attempt]:
         path = directory / ATTEMPTS
@@ -234,7 +245,7 @@ def search(
     """
     if recipe.target is not None:
         raise RecipeError("--max-increase: chooses mixed precision by itself; leave --target-... out")
-    found = Search(model, out, options, target, observer)
+    found = Search(model, out, recipe.calibration.source, options, target, observer)
     for attempt in climb(found, recipe):
         told(attempt)
         if found.held:

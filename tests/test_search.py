@@ -78,6 +78,11 @@ def test_one_that_cannot_be_met_keeps_the_best_and_a_later_search_goes_on(
     assert (again[-1].increase, len(again)) == (best.increase, 1)
     verify_checkpoint(out)
 
+    small = run(model, out, text, 1e9, max_bits=3.3)  # the best had more bits: what was removed for it comes back
+    assert [attempt.bits_per_weight for attempt in small] == [attempts[0].bits_per_weight]
+    assert Recipe.from_yaml(out / "llmquant_recipe.yaml").model_dump(mode="json") == attempts[0].recipe
+    verify_checkpoint(out)
+
 
 class StopIn(Silent):
     """Stops the search from inside its n-th attempt, as a kill would from outside."""
