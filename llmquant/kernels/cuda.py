@@ -127,8 +127,10 @@ def _multiply(
     x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, scheme: Scheme, path: int, scratch: int, tickets: int
 ) -> None:
     (tokens, m), n = y.shape, x.shape[1]
-    if n % ALIGNED or x.data_ptr() % 16:
-        x = F.pad(x, (0, -n % ALIGNED)).clone(memory_format=torch.contiguous_format)
+    if n % ALIGNED:
+        x = F.pad(x, (0, -n % ALIGNED))
+    elif x.data_ptr() % 16:
+        x = x.clone()
     partials, counts = x.new_empty(scratch, dtype=torch.uint8), _tickets(x.device, tickets)
     task = _Linear(
         weight=_weight(packed, m, n, scheme),

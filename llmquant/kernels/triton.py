@@ -181,8 +181,9 @@ def _add(parts, bias, y, size, m, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     total = tl.load(parts + place, mask=inside)
-    for part in range(1, SPLIT):
-        total += tl.load(parts + part * size.to(tl.int64) + place, mask=inside)
+    for _ in range(1, SPLIT):
+        parts += size
+        total += tl.load(parts + place, mask=inside)
     if bias is not None:
         total += tl.load(bias + place % m, mask=inside).to(tl.float32)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ CANDIDATES = tuple(
 )
 
 
+@lru_cache(4096)
 def choose(device: torch.device, m: int, n: int, tokens: int, step: int) -> Config:
     """For a weight [m, n] whose sums go `step` columns at a time."""
     measured = _table(_name(device)).get(key(m, n, tokens, step))
@@ -74,6 +75,7 @@ def candidates(tokens: int) -> list[Config]:
     return [config for config in CANDIDATES if config.tokens < 2 * max(16, tokens)]
 
 
+@cache
 def most_tokens(device: torch.device) -> int:
     """For which a kernel of its own is to be faster than dequantizing."""
     if device.type != "cuda":
@@ -93,8 +95,14 @@ def tune(device: torch.device, key: str, seconds: Callable[[Config], float], tri
     table = {name: list(config) for name, config in _table(_name(device)).items()} | {key: list(best)}
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.write_file(path, [json.dumps(table, indent=1, sort_keys=True).encode()])
-    _table.cache_clear()
+    forget()
     return best
+
+
+def forget() -> None:
+    """Read the table anew when it is needed."""
+    _table.cache_clear()
+    choose.cache_clear()
 
 
 @cache
@@ -114,6 +122,7 @@ def _path(device: str) -> Path:
     return Path(root) / "llmquant" / f"triton-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
 
 
+@cache
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 

@@ -18,7 +18,8 @@ def test_tiles_of_every_size_compile_without_spills() -> None:
     told = os.environ | {"TRITON_INTERPRET": "0"}
     ran = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, env=told)
     assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
+    *lines, last = ran.stdout.splitlines()
+    assert last == "sizes of 1 compile"
     assert len(lines) == 16
     for line in lines:
         assert "tensor cores, asynchronous copies, 0 bytes spilled, 0 of stack" in line, lines
@@ -54,6 +55,36 @@ def compiled(capability: int, tokens: int, dtype: str, symmetric: bool, group: i
     return made.asm["ptx"], said.stderr
 
 
+def compile_with_ones() -> None:
+    """Triton makes a constant of every number that is 1, and a constant knows less than a number does."""
+    import triton as compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from llmquant.kernels import triton
+    from llmquant.scheme import MAX_SCALE, MIN_SCALE
+    from llmquant.solve import triton as solver
+
+    scales = {"SMALLEST": MIN_SCALE, "LARGEST": MAX_SCALE}
+    weight = {"BITS": 4, "STEP": 32, "PER_ROW": 0, "TILE": 32}
+    kernels = {
+        triton._linear: weight | {"TOKENS": 16, "SPLIT": 2},
+        triton._add: {"SPLIT": 2, "BLOCK": 1024},
+        triton._dequantize: weight,
+        solver._round_tile: {"MOST": 15, "COLUMNS": 1, "ROWS": 32},
+        solver._search_tile: scales | {"MOST": 15, "MIDPOINT": 8, "COLUMNS": 1, "ROWS": 16},
+    }
+    pointers = {"x": "*bf16", "codes": "*u8", "bias": "*fp32", "y": "*bf16", "weight": "*bf16"}
+    floats = "scales", "zeros", "parts", "work", "U", "pivots", "tried"
+    pointers |= dict.fromkeys(floats, "*fp32")
+    for kernel, constants in kernels.items():
+        ones = dict.fromkeys((name for name in kernel.arg_names if name not in pointers), 1) | constants
+        signature = {name: "constexpr" if name in ones else pointers[name] for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=ones)
+        compiler.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": triton.FUSED})
+    print("sizes of 1 compile")
+
+
 def report() -> None:
     for capability, instruction in TARGETS.items():
         for tokens in (1, 32, 64, 256):
@@ -70,3 +101,4 @@ def report() -> None:
 
 if __name__ == "__main__":
     report()
+    compile_with_ones()

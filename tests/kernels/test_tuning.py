@@ -15,7 +15,7 @@ HERE = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuning._table.cache_clear()
+    tuning.forget()
     return tmp_path / "llmquant" / "triton-interpreter.json"
 
 
