@@ -5,7 +5,7 @@ the mean of products of these gradients is the Fisher information, the second de
 the model and a slightly changed one (Kunstner et al., Limitations of the empirical Fisher approximation, 2019).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,17 +25,26 @@ class Tap(NamedTuple):
 
     group: Group
     x: Tensor  # their input, [k, n]
-    gradient: Tensor  # of their outputs side by side, [k, m]: of the sum over tokens of -log p(drawn label)
+    gradient: Tensor | None  # of their outputs side by side, [k, m]: of the sum over tokens of -log p(drawn label)
     size: Tensor  # root mean square of each token's state before the layer, fp32 [k]
 
 
 class RoundTrip:
-    """Forwards at once, backwards by `backward`. The states before each layer are kept, with `spill` in files there."""
+    """Forwards at once, backwards by `backward`. The states before each layer are kept, with `spill` in files there.
+
+    Only batches in `probed` get gradients; the others pass each layer a second time without.
+    """
 
     def __init__(
-        self, shell: Shell, layers: tuple[Layer, ...], batches: tuple[Batch, ...], *, spill: Path | None = None
+        self,
+        shell: Shell,
+        layers: tuple[Layer, ...],
+        batches: tuple[Batch, ...],
+        probed: Collection[int],
+        *,
+        spill: Path | None = None,
     ) -> None:
-        self.shell, self.layers = shell, layers
+        self.shell, self.layers, self._probed = shell, layers, sorted(probed)
         self.stream = Stream(shell, layers, batches)
         self.states: list[list[Tensor] | Spool] = []
         states = self.stream.hidden
@@ -90,41 +99,48 @@ class RoundTrip:
             layer = self.layers[number]
             with self.shell.filled(self.shell.part(layer.name)):
                 for i, states in enumerate(self.states[number]):
-                    gradients[i] = self._back_through(layer, states, i, gradients[i], visit)
+                    back = self._back_through(layer, states, i, gradients.get(i), visit)
+                    if back is not None:
+                        gradients[i] = back
                 yield layer
 
-    def _at_the_end(self, generator: torch.Generator) -> list[Tensor]:
-        """The gradients of the states behind the last layer."""
-        gradients = []
-        leaves = [states.detach().requires_grad_() for states in self.last]
+    def _at_the_end(self, generator: torch.Generator) -> dict[int, Tensor]:
+        """The gradients of the states behind the last layer, by batch."""
+        gradients = {}
+        leaves = {i: self.last[i].detach().requires_grad_() for i in self._probed}
         with torch.enable_grad():
-            for leaf, mask, logits in zip(leaves, self.stream.masks, self.logits(leaves), strict=False):
+            for (i, leaf), logits in zip(leaves.items(), self.logits(leaves.values()), strict=True):
+                mask = self.stream.masks[i]
                 with torch.no_grad():
                     slope = logits.float().softmax(-1)
                     drawn = torch.multinomial(slope.flatten(0, 1), 1, generator=generator)
                     slope.scatter_add_(-1, drawn.view(*slope.shape[:2], 1), slope.new_full((*slope.shape[:2], 1), -1))
                     slope.mul_(mask.unsqueeze(-1))
                 logits.backward(slope.to(logits.dtype))
-                gradients.append(_gradient(leaf))
+                gradients[i] = _gradient(leaf)
         return gradients
 
     def _back_through(
-        self, layer: Layer, states: Tensor, batch: int, gradient: Tensor, visit: Callable[[Tap], None]
-    ) -> Tensor:
-        """One batch through one layer: the gradient of its input from that of its output."""
+        self, layer: Layer, states: Tensor, batch: int, gradient: Tensor | None, visit: Callable[[Tap], None]
+    ) -> Tensor | None:
+        """One batch through one layer: the gradient of its input from that of its output, if there is one."""
         mask = self.stream.masks[batch].reshape(-1)
         size = states.float().square().mean(-1).sqrt().clamp(min=1e-6).reshape(-1).to(mask.device)
-        leaf = states.detach().clone().requires_grad_()
-        with torch.enable_grad(), self._noted(layer) as passed:
-            self.stream.forward(layer, self.stream.module(layer), [leaf], 0).backward(gradient)
+        leaf = states.detach().clone().requires_grad_(gradient is not None)
+        with torch.set_grad_enabled(gradient is not None), self._noted(layer) as passed:
+            out = self.stream.forward(layer, self.stream.module(layer), [leaf], 0)
+            if gradient is not None:
+                out.backward(gradient)
 
         def counted(part: Tensor) -> Tensor:
             return part.reshape(len(mask), -1)[mask]
 
         for group in layer.groups:
-            slopes = [counted(_gradient(passed[name][1])) for name in group.linears]
-            visit(Tap(group, counted(passed[group.linears[0]][0]), torch.cat(slopes, 1), size[mask]))
-        return _gradient(leaf)
+            slopes = None
+            if gradient is not None:
+                slopes = torch.cat([counted(_gradient(passed[name][1])) for name in group.linears], 1)
+            visit(Tap(group, counted(passed[group.linears[0]][0]), slopes, size[mask]))
+        return None if gradient is None else _gradient(leaf)
 
     @contextmanager
     def _noted(self, layer: Layer) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
@@ -133,7 +149,8 @@ class RoundTrip:
 
         def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-                out.retain_grad()
+                if out.requires_grad:
+                    out.retain_grad()
                 passed[name] = args[0].detach(), out
 
             return hook

@@ -1,9 +1,9 @@
 """Every linear's loss by every scheme, from one pass of the calibration text through the model and back.
 
 The pass needs what quantizing needs, one layer in memory at a time, and the states before each layer, which go through
-a file where they are many. It takes about three times the model's forward pass, and solving for each scheme on a sample
-of rows. With `isolated`, each layer is also quantized by itself and the divergence measured on a few sequences: that
-passes all later layers anew, L (L + 1) / 2 layers for L of them.
+a file where they are many. It takes two forward passes, one backward pass of every fourth sequence, and solving for
+each scheme on a sample of rows. With `isolated`, each layer is also quantized by itself and the divergence measured on
+a few sequences: that passes all later layers anew, L (L + 1) / 2 layers for L of them.
 """
 
 import tempfile
@@ -17,6 +17,7 @@ import torch
 from llmquant.assign import assign
 from llmquant.calibration.batches import Batch
 from llmquant.calibration.round_trip import RoundTrip, Tap
+from llmquant.errors import CalibrationError
 from llmquant.estimate import SPILL_BYTES
 from llmquant.model.layout import Group, Layer, Layout, derive_layout
 from llmquant.model.shell import Shell
@@ -27,7 +28,8 @@ from llmquant.solve.methods import Choices
 from llmquant.solve.outliers import Outliers, outliers
 from llmquant.solve.prediction import Loss, Sensor, Trial
 
-PROBED = 16  # sequences: gradients of more of them hardly change a ranking
+SEQUENCES = 32  # at most: more of them hardly change a ranking
+JUDGING = 4  # one sequence of so many is what a scheme is judged by, with gradients; the solver sees the others
 
 Noticed = Callable[[str, int], None]  # a layer's name, and how many are left
 
@@ -110,21 +112,29 @@ def measure(
     isolated: bool = False,
     noticed: Noticed = unnoticed,
 ) -> Sensitivity:
-    """Of the first `PROBED` batches, the losses of all schemes as symmetric as the recipe's own.
+    """From the first `SEQUENCES` batches, the losses of all schemes as symmetric as the recipe's own.
 
     Raises:
+        CalibrationError: there is one sequence only.
         NumericsError: NaN or Inf in weights or activations.
         OutputError: the states do not fit on the disk for temporary files.
     """
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
-    batches = batches[:PROBED]
-    trip = RoundTrip(shell, layout.layers, batches, spill=_spill(shell, layout, batches))
+    batches = batches[:SEQUENCES]
+    if len(batches) < 2:
+        raise CalibrationError("calibration: schemes are judged by sequences held out; give at least two")
+    judging = range(len(batches) - 1, -1, -JUDGING)
+    trip = RoundTrip(shell, layout.layers, batches, judging, spill=_spill(shell, layout, batches))
     sensors: dict[Group, Sensor] = {}
 
     def visit(tap: Tap) -> None:
         if tap.group not in sensors:
-            sensors[tap.group] = Sensor(tap.gradient.shape[1], tap.x.shape[1], tap.x.device)
-        sensors[tap.group].update(tap.x, tap.gradient, None if tap.group.norm else tap.size)
+            m, n = sum(layout.shapes[name][0] for name in tap.group.linears), tap.x.shape[1]
+            sensors[tap.group] = Sensor(m, n, tap.x.device)
+        if tap.gradient is None:
+            sensors[tap.group].fit(tap.x, None if tap.group.norm else tap.size)
+        else:
+            sensors[tap.group].judge(tap.x, tap.gradient)
 
     groups: list[tuple[LinearSensitivity, ...]] = []
     alone: list[Isolated] = []

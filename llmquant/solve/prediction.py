@@ -10,6 +10,7 @@ and what remains is taken for a product of a weight w_t of each token and a weig
 
     KL = 1/2 sum_r b_r E_r F E_r^T,   F = mean_t w_t x_t x_t^T,   w_t = sum_r g_tr^2,   b_r = sum_t g_tr^2 / sum_t w_t
 
+The tokens of F are not those of H, which the solver fits: what it fits of them alone would look like a gain.
 So the scheme of a linear is judged by the Gram form, tr(E H E^T), without a forward pass of its own.
 (K-FAC, Martens and Grosse, arXiv 1503.05671, with a diagonal factor on the side of the outputs.)
 """
@@ -40,13 +41,16 @@ class Sensor:
         self._rows = torch.zeros(m, dtype=torch.float64, device=device)
         self.channels = Channels(n, device)
 
-    def update(self, x: Tensor, gradient: Tensor, size: Tensor | None = None) -> None:
-        """Add tokens: inputs [k, n], gradients of the outputs [k, m], and sizes [k] that the solver divides them by."""
-        squares = gradient.float().square()
+    def fit(self, x: Tensor, size: Tensor | None = None) -> None:
+        """Add tokens for the solver to see: inputs [k, n], and sizes [k] to divide them by."""
         self.inputs.update(x if size is None else x / size.to(x.dtype).unsqueeze(1))
+        self.channels.update(x)
+
+    def judge(self, x: Tensor, gradient: Tensor) -> None:
+        """Add tokens to judge by: inputs [k, n], gradients of the outputs [k, m]."""
+        squares = gradient.float().square()
         self._weighted.update(x * squares.sum(1, keepdim=True).sqrt().to(x.dtype))
         self._rows += squares.sum(0)
-        self.channels.update(x)
 
     def curvature(self, name: str) -> tuple[Tensor, Tensor]:
         """F fp32 [n, n] and b fp32 [m]. NumericsError as of `Moments.H`; `name` is the linear."""

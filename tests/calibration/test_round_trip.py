@@ -26,9 +26,9 @@ def batch(*lengths: int) -> Batch:
 BATCHES = (batch(24), batch(20, 13))
 
 
-def round_trip(model: Path, spill: Path | None = None) -> tuple[RoundTrip, list[Tap]]:
+def round_trip(model: Path, spill: Path | None = None, probed: tuple[int, ...] = (0, 1)) -> tuple[RoundTrip, list[Tap]]:
     shell, taps = Shell(Checkpoint.open(model)), list[Tap]()
-    trip = RoundTrip(shell, derive_layout(shell.config).layers, BATCHES, spill=spill)
+    trip = RoundTrip(shell, derive_layout(shell.config).layers, BATCHES, probed, spill=spill)
     names = [layer.name for layer in trip.backward(taps.append, seed=3)]
     assert names == [layer.name for layer in reversed(trip.layers)]
     assert all(parameter.is_meta for parameter in shell.model.parameters())
@@ -71,6 +71,7 @@ def test_inputs_and_gradients_are_those_of_the_whole_model(
     assert len(taps) == len(BATCHES) * sum(len(layer.groups) for layer in trip.layers)
     seen = dict.fromkeys(expected, 0)
     for tap in taps:
+        assert tap.gradient is not None
         gradients = tap.gradient.split([expected[name][0][1].shape[-1] for name in tap.group.linears], dim=1)
         for name, gradient in zip(tap.group.linears, gradients, strict=True):
             x, out = expected[name][seen[name]]
@@ -78,6 +79,17 @@ def test_inputs_and_gradients_are_those_of_the_whole_model(
             seen[name] += 1
             torch.testing.assert_close(tap.x, x.view(*mask.shape, -1)[mask], rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(gradient, out.grad.view(*mask.shape, -1)[mask], rtol=1e-3, atol=1e-4)
+
+
+def test_batches_that_are_not_probed_give_their_inputs_alone(tiny_checkpoint: Path) -> None:
+    _, taps = round_trip(tiny_checkpoint)
+    _, some = round_trip(tiny_checkpoint, probed=(0,))
+    for number, (tap, other) in enumerate(zip(taps, some, strict=True)):
+        assert torch.equal(tap.x, other.x)
+        probed = number % 8 < 4  # four groups of each layer, the first batch before the second
+        assert (other.gradient is not None) == probed
+        if other.gradient is not None:
+            assert torch.equal(tap.gradient, other.gradient)
 
 
 def test_states_may_go_through_files(tiny_checkpoint: Path, tmp_path: Path) -> None:

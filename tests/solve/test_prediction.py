@@ -27,7 +27,8 @@ def trial(seed: int = 0) -> tuple[Trial, Tensor, Tensor]:
     x, gradient = tokens(seed)
     sensor = Sensor(sum(M), N)
     for part in torch.arange(K).split(90):
-        sensor.update(x[part], gradient[part])
+        sensor.fit(x[part])
+        sensor.judge(x[part], gradient[part])
     generator = torch.Generator().manual_seed(seed + 1)
     weights = {name: torch.randn(m, N, generator=generator) for name, m in zip("ab", M, strict=True)}
     return Trial(weights, sensor.inputs.H("a"), *sensor.curvature("a")), x, gradient
@@ -81,7 +82,8 @@ def test_the_prediction_is_the_divergence_of_a_softmax(bits: int) -> None:
     p = (x @ W.T).softmax(-1)
     drawn = torch.multinomial(p, 1, generator=generator)
     sensor = Sensor(16, 32)
-    sensor.update(x, p.scatter_add(1, drawn, p.new_full(drawn.shape, -1.0)))
+    sensor.fit(x)
+    sensor.judge(x, p.scatter_add(1, drawn, p.new_full(drawn.shape, -1.0)))
     tried = Trial({"a": W}, sensor.inputs.H("a"), *sensor.curvature("a"))
     scheme = Scheme(bits, 32)
     Q = dequantize(quantize_rtn(W, scheme), scheme)
