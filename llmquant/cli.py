@@ -6,7 +6,6 @@ gate did not hold; 128 + n stopped by signal n. With --json, stdout holds one JS
 
 import signal
 import sys
-from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -335,11 +334,11 @@ def run_search(
 ) -> None:
     """Each attempt as one line on stderr, whatever becomes of it."""
     with Display() as display:
-        attempts = search.search(model, out, recipe, options, target, display, lambda made: console.print(str(made)))
+        outcome = search.search(model, out, recipe, options, target, display, lambda made: console.print(str(made)))
     if as_json:
-        print_json({"out": str(out), "attempts": [asdict(attempt) for attempt in attempts]})
-    else:
-        console.print(f"[bold]{out}[/bold] keeps the bound: {attempts[-1]}")
+        print_json(outcome.to_dict())
+    outcome.require()
+    console.print(f"[bold]{out}[/bold] keeps the bound: {outcome.best}")
 
 
 class Stopped(BaseException):

@@ -80,6 +80,30 @@ def digest_of(recipe: dict[str, Any]) -> str:
     return hashlib.sha256(json_bytes(recipe)).hexdigest()[:12]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What `out` is now, and what was tried for it."""
+
+    out: Path
+    max_increase: float
+    best: Attempt | None  # None: all were over the budget
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def held(self) -> bool:
+        return self.best is not None and self.best.increase is not None and self.best.increase <= self.max_increase
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out), "held": self.held}
+
+    def require(self) -> None:
+        """Raise GateError unless the bound holds."""
+        if not self.held:
+            best = f"the best, in {self.out}: {self.best}" if self.best else "none is within the budget"
+            tried = f"{len(self.attempts)} attempts"
+            raise GateError(f"--max-increase {self.max_increase:.2%}: not reached in {tried}; {best}")
+
+
 class Search:
     """One search and what it has on the disk.
 
@@ -236,12 +260,11 @@ def search(
     target: Target,
     observer: Observer,
     told: Callable[[Attempt], None],
-) -> list[Attempt]:
-    """Climb the ladder until the bound holds; `out` is then that checkpoint, and the last attempt says what it took.
+) -> Outcome:
+    """Climb the ladder until the bound holds, or ladder or budget end; `out` is then the best checkpoint, if any.
 
     Raises:
         RecipeError: the recipe has a target of its own, or there is no text.
-        GateError: the ladder or the budget ended first; `out` is the best checkpoint that was found, if any.
     """
     if recipe.target is not None:
         raise RecipeError("--max-increase: chooses mixed precision by itself; leave --target-... out")
@@ -251,11 +274,7 @@ def search(
         if found.held:
             break
     found.finish()
-    if found.held:
-        return found.attempts
-    best = found.best
-    kept = f"the best, in {out}: {best}" if best else "none is within the budget"
-    raise GateError(f"--max-increase {target.max_increase:.2%}: not reached in {len(found.attempts)} attempts; {kept}")
+    return Outcome(out, target.max_increase, found.best, tuple(found.attempts))
 
 
 def climb(found: Search, recipe: Recipe) -> Iterator[Attempt]:

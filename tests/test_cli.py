@@ -73,6 +73,19 @@ def test_eval_with_baseline_and_gate(packed: Path, tiny_checkpoint: Path, text: 
     assert '<testcase classname="llmquant.eval" name="--max-increase"' in (tmp_path / "gate.xml").read_text()
 
 
+def test_a_search_in_vain_ends_with_the_best_and_exit_code_3(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    done = llmquant(
+        "quantize", tiny_checkpoint, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32, "--samples", 4,
+        "--seq-len", 32, "--max-increase=-100%", "--text-file", text, "--max-windows", 1,
+        "--max-bits-per-weight", 4.5, "--json",
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    outcome = json.loads(done.stdout)
+    assert (outcome["held"], outcome["attempts"][-1]["increase"]) == (False, None)
+    assert "error: --max-increase -100.00%: not reached in" in done.stderr
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_compare(packed: Path, tiny_checkpoint: Path, text: Path) -> None:
     measure = ["--text-file", text, "--seq-len", 64, "--max-windows", 2, "--no-speed", "--json"]
     done = llmquant("compare", tiny_checkpoint, packed, *measure)
