@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmquant.native import CudaLibrary
 from llmquant.scheme import Scheme
+from llmquant.solve.native import expect_grids, expect_matrix
 
 
 class _Columns(ctypes.Structure):
@@ -32,9 +33,11 @@ def round_columns(
     tried: Tensor | None = None,
 ) -> None:
     """One block of `solve.columns.round_columns`, all on one GPU; `tried` are the grids to choose from."""
+    pivots = pivots.contiguous()
+    expect_grids(work, pivots, scales, zeros, width)
+    expect_matrix(U, codes, work)
     columns, rows = work.shape
     tried = None if tried is None else tried.to(work.device).contiguous()
-    pivots = pivots.contiguous()
     task = _Columns(
         work=work.data_ptr(),
         matrix=U.data_ptr(),

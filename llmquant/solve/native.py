@@ -37,8 +37,7 @@ def round_columns(
     """One block of `solve.columns.round_columns`, or of `descend_columns`."""
     pivots = pivots.contiguous()
     task = _task(work, pivots, scales, zeros, width, scheme, candidates, level)
-    _expect(matrix.stride(1) == 1 and min(matrix.shape) >= len(work), "matrix")
-    _expect(codes.dtype == torch.uint8 and codes.shape == work.shape and codes.is_contiguous(), "codes")
+    expect_matrix(matrix, codes, work)
     task.matrix, task.stride = matrix.data_ptr(), matrix.stride(0)
     task.codes, task.descend = codes.data_ptr(), int(descend)
     library.functions.llmquant_round_columns(ctypes.byref(task))
@@ -71,16 +70,8 @@ def _task(
     candidates: Tensor | None,
     level: int,
 ) -> _Task:
-    """Native code trusts the sizes that it is given: this is where they are checked."""
+    expect_grids(work, pivots, scales, zeros, width)
     columns, rows = work.shape
-    grids = (-(-columns // width), rows)
-    for name, tensor, shape in (
-        ("work", work, (columns, rows)),
-        ("pivots", pivots, (columns,)),
-        ("scales", scales, grids),
-        ("zeros", zeros, grids),
-    ):
-        _expect(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), name)
     return _Task(
         work=work.data_ptr(),
         pivots=pivots.data_ptr(),
@@ -96,6 +87,27 @@ def _task(
         threads=torch.get_num_threads(),
         level=level,
     )
+
+
+def expect_grids(work: Tensor, pivots: Tensor, scales: Tensor, zeros: Tensor, width: int) -> None:
+    """Native code trusts the sizes that it is given: this is where they are checked, and in `expect_matrix`."""
+    columns, rows = work.shape
+    grids = (-(-columns // width), rows)
+    for name, tensor, shape in (
+        ("work", work, (columns, rows)),
+        ("pivots", pivots, (columns,)),
+        ("scales", scales, grids),
+        ("zeros", zeros, grids),
+    ):
+        right = tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous()
+        _expect(right and tensor.device == work.device, name)
+
+
+def expect_matrix(matrix: Tensor, codes: Tensor, work: Tensor) -> None:
+    _expect(matrix.dtype == torch.float32 and matrix.device == work.device, "matrix")
+    _expect(matrix.stride(1) == 1 and min(matrix.shape) >= len(work), "matrix")
+    right = codes.dtype == torch.uint8 and codes.shape == work.shape and codes.is_contiguous()
+    _expect(right and codes.device == work.device, "codes")
 
 
 def _expect(holds: bool, name: str) -> None:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmquant.scheme import MAX_SCALE, MIN_SCALE, Scheme
+from llmquant.solve.native import expect_grids, expect_matrix
 
 ROWS = 32  # of one program that rounds
 TRIED_ROWS = 16  # of one that tries grids
@@ -28,6 +29,9 @@ def round_columns(
     With grids to choose, a group is searched, rounded, and its errors are pushed on to all columns after it, so that
     the next one finds them there.
     """
+    pivots = pivots.contiguous()
+    expect_grids(work, pivots, scales, zeros, width)
+    expect_matrix(U, codes, work)
     step = len(work) if tried is None else width
     tried = None if tried is None else tried.to(work.device).contiguous()
     for first in range(0, len(work), step):
