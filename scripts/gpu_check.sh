@@ -73,7 +73,7 @@ step runtime 60 "$python" -m llmquant.cli inspect --runtime --json
 
 if [[ $parts == *kernels* ]]; then
     tests kernels tests/kernels/test_cuda_device.py tests/kernels/test_triton_linear.py tests/kernels/test_slabs.py \
-        tests/bench/test_gpu_bench.py
+        tests/runtime/test_cuda_model.py tests/bench/test_gpu_bench.py
     if command -v compute-sanitizer >/dev/null; then
         sanitized memcheck
         sanitized racecheck

@@ -69,8 +69,7 @@ def pack(q: Quantized, scheme: Scheme) -> Packed:
     dtype = exact_dtype(q.scales)
     if dtype not in HALVES:
         raise RecipeError(f"{VARIABLE}: cuda needs scales that are exact in bf16 or in fp16; use triton")
-    sizes = shapes(m, n, scheme)
-    codes, scales, zeros = (q.codes.new_empty(size) for size in sizes)
+    codes, scales, zeros = (part.new_empty(size) for part, size in zip(q, shapes(m, n, scheme), strict=True))
     packed = Packed(codes, scales.to(dtype), None if scheme.symmetric else zeros)
     parts = [part.contiguous() for part in q]
     with torch.cuda.device_of(codes):
