@@ -29,6 +29,7 @@ INSTRUCTIONS = {
     "LDG.128": r"LDG\.E\S*\.128",  # loads of 16 bytes
     "local": r"(?:LDL|STL)\b",  # memory for what registers have no room for
 }
+WAIT = "ACQBULK"  # griddepcontrol.wait; ptxas may move loads across it
 # Which of them a kernel cannot do without.
 NEEDED = {"stream": ("HMMA", "LDSM", "LDGSTS", "LDG.128"), "multiply_tiles": ("HMMA", "LDSM", "LDGSTS", "LDG.128")}
 
@@ -42,11 +43,13 @@ class Kernel(NamedTuple):
     stack: int  # bytes
     spilled: int  # bytes, stored and loaded
     instructions: dict[str, int]
+    ahead: bool  # weights are asked for before the kernel waits for the one before it, if it does
 
     def problems(self, name: str) -> list[str]:
         found = [f"{self.stack} bytes of stack"] if self.stack else []
         found += [f"{self.spilled} bytes spilled"] if self.spilled else []
         found += [f"{self.instructions['local']} accesses to local memory"] if self.instructions["local"] else []
+        found += [] if self.ahead else ["no load before it waits"]
         needed = NEEDED.get(re.split(r"[<(]", name)[0], ())
         return found + [f"no {kind}" for kind in needed if not self.instructions[kind]]
 
@@ -98,7 +101,9 @@ def compile_kernels(nvcc: str, disassembler: str, source: Path, architecture: st
         (registers,) = numbers(r"Used (\d+) registers", part)
         listing = listings[name]
         counts = {kind: len(re.findall(pattern, listing)) for kind, pattern in INSTRUCTIONS.items()}
-        yield Kernel(architecture, name, registers, stack, stores + loads, counts)
+        before = listing.split(WAIT)[0]
+        ahead = bool(re.search(r"LDG\S*\.128|LDGSTS", before)) or WAIT not in listing
+        yield Kernel(architecture, name, registers, stack, stores + loads, counts, ahead)
 
 
 def run(*command: str) -> "subprocess.CompletedProcess[str]":

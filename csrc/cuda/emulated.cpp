@@ -1,6 +1,7 @@
 // What tests set and read of the emulated device; see emulated.h. It is compiled with all .cu files as C++.
 
 #include "device.h"
+#include "schedule.h"
 
 void llmquant_emulate(int64_t processors, int64_t capability, int64_t seed, int64_t late) {
     llmquant::cuda::emulated::Machine& machine = llmquant::cuda::emulated::machine();
@@ -10,3 +11,24 @@ void llmquant_emulate(int64_t processors, int64_t capability, int64_t seed, int6
 }
 
 int64_t llmquant_emulated_conflicts() { return std::exchange(llmquant::cuda::emulated::machine().worst_conflict, 0); }
+
+int64_t llmquant_emulated_schedule(int64_t tiles, int64_t chunks, int64_t blocks, int32_t* done) {
+    using namespace llmquant::cuda;
+    const Schedule schedule = schedule_of(tiles, chunks, blocks);
+    std::vector<int> shared(static_cast<std::size_t>(SLOTS * schedule.blocks), 0);
+    for (int block = 0; block < schedule.blocks; ++block)
+        for (int unit = first_unit(schedule, block); has_unit(schedule, block, unit);) {
+            const Segment segment = segment_at(schedule, block, unit);
+            for (int chunk = segment.begin; chunk < segment.end; ++chunk) {
+                if (block_of(schedule, segment.tile * schedule.chunks + chunk) != block) return 1;
+                ++done[segment.tile * schedule.chunks + chunk];
+            }
+            const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
+            if (block < first || block > last || is_whole(schedule, segment) != (first == last)) return 2;
+            // Who adds up the tile looks for these sums where this block leaves them.
+            if (slot_of(block, segment.begin == 0) != slot_of(block, block == first)) return 3;
+            if (first != last && shared[static_cast<std::size_t>(slot_of(block, segment.begin == 0))]++) return 4;
+            unit = unit_after(schedule, segment);
+        }
+    return 0;
+}

@@ -412,3 +412,7 @@ inline const char* device_message(int64_t) { return emulated::machine().failure.
 LLMQUANT_CUDA_EXPORT void llmquant_emulate(int64_t processors, int64_t capability, int64_t seed, int64_t late);
 // The most rows of one 8 x 8 matrix that ldmatrix has found in the same banks since the last call; 1 is no conflict.
 LLMQUANT_CUDA_EXPORT int64_t llmquant_emulated_conflicts();
+// Walks through a schedule as kernels do, and counts in `done` how often each of the tiles * chunks units is met. 0, or
+// what is wrong: 1 a unit belongs to another block, 2 a tile to others, 3 sums are looked for in another slot, 4 a slot
+// is written twice.
+LLMQUANT_CUDA_EXPORT int64_t llmquant_emulated_schedule(int64_t tiles, int64_t chunks, int64_t blocks, int32_t* done);

@@ -36,11 +36,12 @@ def test_it_says_that_there_is_no_compiler(tmp_path: Path) -> None:
 
 def test_problems_are_found() -> None:
     counts = {"HMMA": 8, "LDSM": 2, "LDGSTS": 0, "LDG.128": 4, "local": 3}
-    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts)
+    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts, ahead=False)
     assert kernel.problems("stream<Bf16, true>") == [
         "8 bytes of stack",
         "12 bytes spilled",
         "3 accesses to local memory",
+        "no load before it waits",
         "no LDGSTS",
     ]
-    assert Kernel("80", "_Z4pack", 20, 0, 0, dict.fromkeys(counts, 0)).problems("pack_codes") == []
+    assert Kernel("80", "_Z4pack", 20, 0, 0, dict.fromkeys(counts, 0), ahead=True).problems("pack_codes") == []
