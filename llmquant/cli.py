@@ -37,6 +37,7 @@ from llmquant.evaluate.text import Source
 from llmquant.hub import quantize_and_push
 from llmquant.hub.commands import push as push_command
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
+from llmquant.manifest import conversion_of
 from llmquant.options import merged_recipe, parse_percent, parse_ranks, parse_size, resolve_device, target_of
 from llmquant.pipeline import Options, preview, sense
 from llmquant.pipeline import quantize as run_quantize
@@ -258,7 +259,9 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: J
     if as_json:
         print_json({"directory": str(directory), "verified": True, "files": files})
     else:
-        typer.echo(f"{directory}: whole, finite, as its recipe says; {files} files unchanged")
+        made = conversion_of(directory)
+        story = f"as it was converted to {made['to']}" if made else "whole, finite, as its recipe says"
+        typer.echo(f"{directory}: {story}; {files} files unchanged")
 
 
 @app.command()

@@ -44,6 +44,19 @@ def test_verify_and_inspect(packed: Path) -> None:
     assert facts["layers"] == 2
 
 
+def test_convert(packed: Path, tmp_path: Path) -> None:
+    done = llmquant("convert", packed, "-o", tmp_path / "gptq", "--to", "gptq", "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert (made["from"], made["to"], made["linears"], made["verified"]) == ("compressed-tensors", "gptq", 14, True)
+    done = llmquant("verify", tmp_path / "gptq")
+    assert "as it was converted to gptq" in " ".join(done.stdout.split())
+    done = llmquant("convert", packed, "-o", tmp_path / "modelopt", "--to", "modelopt")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: model.layers.0.self_attn.q_proj: modelopt cannot hold it: its groups")
+    assert not (tmp_path / "modelopt").exists()
+
+
 def test_inspect_of_the_machine() -> None:
     facts = json.loads(llmquant("inspect", "--runtime", "--json").stdout)
     assert facts["cpu"].startswith(("native (", "reference ("))
