@@ -7,7 +7,7 @@
 
 namespace llmquant::cuda {
 
-constexpr int64_t MOST = int64_t{1} << 30;  // rows, columns, tokens: kernels count them in 32 bits
+constexpr int64_t MOST = int64_t{1} << 28;  // rows, columns, tokens: kernels count them in 32 bits
 
 inline bool is_16_bits(int64_t kind) { return kind == LLMQUANT_CUDA_BF16 || kind == LLMQUANT_CUDA_FP16; }
 inline bool is_kind(int64_t kind) { return is_16_bits(kind) || kind == LLMQUANT_CUDA_FP32; }
