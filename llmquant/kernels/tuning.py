@@ -112,6 +112,8 @@ def _table(device: str) -> dict[str, Config]:
         return {}
     try:
         table = {name: Config(*map(int, values)) for name, values in json.loads(path.read_bytes()).items()}
+        if not set(table.values()) <= set(CANDIDATES):
+            raise ValueError("a tile of unknown size")
     except (ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"{path}: is no table of tiles ({error}); delete it") from error
     return table

@@ -59,7 +59,9 @@ def test_what_was_measured_is_kept_for_tokens_alike(own_cache: Path) -> None:
     assert tuning.choose(HERE, 64, 512, 32, 128) == fast
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"64x512": [1, 2]}', '{"64x512": [1, 2, 3, 4, "a"]}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"64x512": [1, 2]}', '{"64x512": [1, 2, 3, 4, "a"]}', '{"64x512": [256, 16, 1, 4, 3]}']
+)
 def test_a_spoiled_table_is_named(text: str, own_cache: Path) -> None:
     own_cache.parent.mkdir()
     own_cache.write_text(text)
