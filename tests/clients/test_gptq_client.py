@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import TIED, compare_model, installed, prompts
 from client_checks import IDS, TEXT, check_bf16, check_fp32, differing_weights, distance, logits, needs, real
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
@@ -61,3 +62,13 @@ def test_trained_model(quantized_smollm2):
     ids = AutoTokenizer.from_pretrained(directory)(TEXT, return_tensors="pt")["input_ids"]
     check_fp32(open_client(directory, torch.float32), directory, ids)
     check_bf16(open_client(directory, torch.bfloat16), directory, ids)
+
+
+@pytest.mark.parametrize(("layout", "symmetric"), [("gptq", True), ("awq", False)])
+def test_agreement(quantized_smollm2, table, layout, symmetric):
+    directory = quantized_smollm2(layout, symmetric)
+    client = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    found = compare_model(directory, client, prompts(directory))
+    name = f"{layout}, {'symmetric' if symmetric else 'asymmetric'}"
+    table.add(name, "transformers", installed("transformers", "gptqmodel", "optimum"), found)
+    assert found.margin < TIED

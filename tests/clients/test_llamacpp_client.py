@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from agreement import NEW, compare, installed, prompts
 from client_checks import IDS, TEXT, distance, logits, needs, real
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -101,3 +102,23 @@ def test_trained_model(quantized_smollm2: Callable[[str], Path], tmp_path: Path)
     other = theirs.argmax(-1) != own.argmax(-1)
     assert float(other.float().mean()) < 0.05
     assert float((best[:, 0] - best[:, 1])[other].max() if other.any() else 0) < TIED
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["Q4_0", "Q4_1"])
+def test_agreement(quantized_smollm2: Callable[..., Path], table: Any, tmp_path: Path, symmetric: bool) -> None:
+    directory = quantized_smollm2("compressed-tensors", symmetric)
+    convert(directory, tmp_path / "gguf", "gguf")
+    ids, chosen, logprobs = prompts(directory), [], []
+    with open_client(tmp_path / "gguf") as client:
+        for row in ids.tolist():
+            client.reset()
+            client.eval(row)
+            for _ in range(NEW):
+                scores = torch.from_numpy(client.scores[client.n_tokens - 1]).log_softmax(-1)
+                logprobs.append(scores.max())
+                chosen.append(int(scores.argmax()))
+                client.eval(chosen[-1:])
+    shape = len(ids), NEW
+    found = compare(directory, ids, torch.tensor(chosen).view(shape), torch.stack(logprobs).view(shape))
+    table.add(f"gguf {'Q4_0' if symmetric else 'Q4_1'}", "llama.cpp", installed("llama-cpp-python"), found)
+    assert found.margin < 2 * TIED

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from agreement import NEW, TIED, compare, installed, prompts
 from client_checks import IDS, distance, logits, needs, real
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -95,3 +96,21 @@ def test_greedy_text_of_a_trained_model(quantized_smollm2: Callable[[str], Path]
             new = np.array([found[-1:]])
         same += found == own.tolist()
     assert same == len(PROMPTS) == 32
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_agreement(quantized_smollm2: Callable[..., Path], table: Any, tmp_path: Path, symmetric: bool) -> None:
+    directory = quantized_smollm2("compressed-tensors", symmetric)
+    convert(directory, tmp_path / "onnx", "onnx")
+    client, ids = Client(tmp_path / "onnx"), prompts(directory)
+    client.reset(len(ids))
+    new, chosen, logprobs = ids.numpy(), [], []
+    for _ in range(NEW):
+        best = client(new)[:, -1].log_softmax(-1).max(-1)
+        chosen.append(best.indices)
+        logprobs.append(best.values)
+        new = best.indices[:, None].numpy()
+    found = compare(directory, ids, torch.stack(chosen, 1), torch.stack(logprobs, 1))
+    name = f"onnx, {'symmetric' if symmetric else 'asymmetric'}"
+    table.add(name, "ONNX Runtime", installed("onnxruntime"), found)
+    assert found.margin < TIED
