@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from typer import BadParameter
 
 from llmquant.bench import gpu
-from llmquant.bench.commands import machine, parse_shape
 from llmquant.bench.gpu_products import makers
-from llmquant.bench.kernels import SHAPES, TOKENS, Result, measure
+from llmquant.bench.kernels import SHAPES, TOKENS, Result, machine, measure, parse_shape
 from llmquant.scheme import Scheme
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,8 +88,8 @@ def main() -> None:
     given, counted = (gpu.SHAPES, gpu.TOKENS) if args.device == "cuda" else (SHAPES, TOKENS)
     try:
         shapes = [parse_shape(text, args.group_size) for text in args.shapes.split(",")] if args.shapes else given
-    except BadParameter as error:
-        parser.error(str(error))
+    except ValueError as error:
+        parser.error(f"--shapes {error}")
     with torch.inference_mode():
         (on_gpu if args.device == "cuda" else on_cpu)(args, shapes, args.tokens or counted)
 

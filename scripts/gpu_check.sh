@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What only a GPU can show: builds the CUDA kernels in place, runs every test that needs a GPU, looks for wrong accesses
-# with compute-sanitizer, and measures. Needs torch with CUDA, pytest, nvcc and a C++ compiler; Triton, if it is there, is
-# checked, too. No network. Logs, JSON and summary.txt go into OUTDIR; exit code 1 if any step failed.
+# What only a GPU can show: builds the CUDA kernels in place, runs every test that needs a GPU, looks for wrong
+# accesses with compute-sanitizer, and measures. Needs torch with CUDA, pytest, nvcc and a C++ compiler; Triton, if it
+# is there, is checked, too; `quantize` needs all that llmquant needs. No network. Logs, JSON and summary.txt go into
+# OUTDIR; exit code 1 if any step failed.
 #
 #     scripts/gpu_check.sh OUTDIR [--only kernels|solver|quantize]
 #
@@ -69,7 +70,7 @@ sanitized() {
 
 step build 240 "$nvcc" -std=c++17 -O3 -arch=native --threads 0 -cudart static -shared \
     -Xcompiler -fPIC,-fvisibility=hidden csrc/cuda/*.cu -o llmquant/_native/llmquant_cuda.so
-step runtime 60 "$python" -m llmquant.cli inspect --runtime --json
+step runtime 60 "$python" -c 'from llmquant.native import describe_gpu_backend; print(describe_gpu_backend())'
 
 if [[ $parts == *kernels* ]]; then
     tests kernels tests/kernels/test_cuda_device.py tests/kernels/test_triton_linear.py tests/kernels/test_slabs.py \

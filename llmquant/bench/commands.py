@@ -1,7 +1,6 @@
 """`llmquant bench`: what the command line asks of this package."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,10 @@ def kernels(
     """Products with one packed weight, beside torch's, ONNX Runtime's and llama.cpp's. Takes minutes for each shape."""
     if group_size not in (32, 64, 128):
         raise typer.BadParameter(f"--group-size {group_size}: use 32, 64 or 128")
-    shapes = [parse_shape(text, group_size) for text in shape] if shape else list(products.SHAPES)
+    try:
+        shapes = [products.parse_shape(text, group_size) for text in shape] if shape else list(products.SHAPES)
+    except ValueError as error:
+        raise typer.BadParameter(f"--shape {error}") from error
     scheme, found = Scheme(4, group_size), list[products.Result]()
     table = _table("shape", "tokens", "backend", "ms", "of bandwidth", "GFLOP/s", "error")
     with torch.inference_mode():
@@ -72,17 +74,6 @@ def generate(
     _show(table, [result._asdict() for result in results], as_json)
 
 
-def parse_shape(text: str, group_size: int) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not found or int(found[1]) % group_size:
-        raise typer.BadParameter(f"--shape {text}: give in x out features, as in 4096x14336, in groups of {group_size}")
-    return int(found[1]), int(found[2])
-
-
-def machine() -> dict[str, Any]:
-    return {"backend": describe_backend(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
 def _table(*columns: str) -> Table:
     table = Table(caption=", ".join(f"{value}" for value in (describe_backend(), f"{torch.get_num_threads()} threads")))
     for column in columns:
@@ -92,6 +83,6 @@ def _table(*columns: str) -> Table:
 
 def _show(table: Table, results: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(machine() | {"results": results}, indent=2) + "\n")
+        sys.stdout.write(json.dumps(products.machine() | {"results": results}, indent=2) + "\n")
     else:
         Console().print(table)

@@ -1,5 +1,6 @@
 """Products with packed weights beside their peers, weights from beyond the caches."""
 
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from llmquant.bench.products import READING, Product, makers
 from llmquant.bench.timing import Call, in_turn
+from llmquant.native import describe_backend
 from llmquant.scheme import Quantized, Scheme, dequantize
 
 SHAPES = ((4096, 4096), (2048, 8192), (4096, 14336), (14336, 4096))  # in features n, out features m
@@ -62,6 +64,18 @@ def measure(n: int, m: int, scheme: Scheme, tokens: Sequence[int]) -> Iterator[R
 
 def _calls(products: list[Product], x: Tensor) -> Iterator[Call]:
     return (partial(product.call, x) for product in cycle(products))
+
+
+def parse_shape(text: str, group_size: int) -> tuple[int, int]:
+    """In and out features. Raises ValueError, which says how to write them."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found or int(found[1]) % group_size:
+        raise ValueError(f"{text}: give in x out features, as in 4096x14336, in groups of {group_size}")
+    return int(found[1]), int(found[2])
+
+
+def machine() -> dict[str, Any]:
+    return {"backend": describe_backend(), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def random_weight(m: int, n: int, scheme: Scheme, seed: int) -> Quantized:
