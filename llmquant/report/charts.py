@@ -81,10 +81,10 @@ def error_bars(linears: Sequence[Linear], layers: Sequence[int]) -> Chart | None
 
 def bits_map(linears: Sequence[Linear], layers: Sequence[int], kinds: Sequence[str]) -> Chart:
     """Which linear has how many bits."""
-    schemes = sorted({(x.bits, x.scheme) for x in linears})
-    shades = {bits: f"bits{bits}" for bits, _ in schemes}
-    legend = tuple((shades[bits], scheme) for bits, scheme in schemes)
-    cell = lambda x: (shades[x.bits], f"{x.name}: {x.scheme}", str(x.bits))  # noqa: E731
+    shades = {x.scheme: f"bits{x.bits} {' '.join(x.scheme.split()[1:2])}".strip() for x in linears}
+    order = sorted(shades, key=lambda scheme: (shades[scheme].partition(" ")[0][4:].zfill(2), len(scheme), scheme))
+    legend = tuple((shades[scheme], scheme) for scheme in order)
+    cell = lambda x: (shades[x.scheme], f"{x.name}: {x.scheme}", str(x.bits))  # noqa: E731
     return _map("bits", "Bits of each linear", linears, layers, kinds, cell, legend)
 
 

@@ -193,7 +193,7 @@ def test_charts_hold_every_linear(finished: Path) -> None:
     facts = read_facts(finished)
     bits = bits_map(facts.linears, facts.layers, facts.kinds)
     assert len(bits.boxes) == len(facts.linears) == 28
-    assert {box.shade for box in bits.boxes} == {"bits4", "bits8", "bits16"}
+    assert {box.shade for box in bits.boxes} == {"bits4 g32", "bits8 per-channel", "bits16"}
     errors, outliers = error_bars(facts.linears, facts.layers), outlier_map(facts.linears, facts.layers, facts.kinds)
     assert errors is not None
     assert outliers is not None
