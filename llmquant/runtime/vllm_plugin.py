@@ -54,8 +54,13 @@ class LlmquantConfig(QuantizationConfig):
         super().__init__()
         if block.get("desc_act"):
             raise CheckpointError("config.json: desc_act: columns in another order cannot be split; set it to false")
+        for_config(block)
         self.block = block
-        self.layout = for_config(block)
+
+    @property
+    def layout(self) -> Format:
+        """Not kept: vLLM sends its configuration to other processes, and a module cannot be sent."""
+        return for_config(self.block)
 
     def get_name(self) -> str:
         return NAME
