@@ -336,12 +336,13 @@ def run_search(
     model: str, out: Path, recipe: Recipe, options: Options, target: search.Target, *, as_json: bool
 ) -> None:
     """Each attempt as one line on stderr, whatever becomes of it."""
+    told = lambda made: console.print(str(made), soft_wrap=True)  # noqa: E731
     with Display() as display:
-        outcome = search.search(model, out, recipe, options, target, display, lambda made: console.print(str(made)))
+        outcome = search.search(model, out, recipe, options, target, display, told)
     if as_json:
         print_json(outcome.to_dict())
     outcome.require()
-    console.print(f"[bold]{out}[/bold] keeps the bound: {outcome.best}")
+    console.print(f"[bold]{out}[/bold] keeps the bound: {outcome.best}", soft_wrap=True)
 
 
 class Stopped(BaseException):
