@@ -37,6 +37,7 @@ FAR_SECTIONS = ("methods", "calibration")  # which read the other texts too
 FAR_WINDOWS = 2
 CLOSE_WINDOWS = 4  # of the first text, where rows are compared with each other
 OTHER_BITS = {3: 4, 8: 1}  # and the windows of each: what 8 bits lose is small and hardly varies
+OTHER_METHODS, OTHER_GROUPS = ("rtn", "gptq", "auto"), (64, -1)  # of 3 and 8 bits
 SEQ_LEN = 2048
 
 Figures = dict[str, float]
@@ -89,24 +90,26 @@ def planned(calibration: str, headline: int) -> Iterator[Row]:
     for symmetric in (True, False):
         for name, recipe in (("round to nearest", {"method": "rtn"}), ("default", {})):
             yield Row("headline", name, recipe | {"scheme": {"group_size": 64, "symmetric": symmetric}}, headline)
-    yield from each_method("methods", 4, True, CLOSE_WINDOWS)
+    yield from each_method("methods", 4, True, CLOSE_WINDOWS, METHODS, GROUPS)
     for name, step in STEPS:
         yield Row("ablation", name, step | {"scheme": {"group_size": 64}}, CLOSE_WINDOWS)
     for source in ("self", "builtin", calibration):
         recipe = {"calibration": {"source": source}, "scheme": {"group_size": 64}}
         yield Row("calibration", Path(source).name, recipe, CLOSE_WINDOWS)
-    yield from each_method("methods", 4, False, CLOSE_WINDOWS)
+    yield from each_method("methods", 4, False, CLOSE_WINDOWS, METHODS, GROUPS)
     for symmetric in (True, False):
         yield Row("best", "best", {"preset": "best", "scheme": {"group_size": 64, "symmetric": symmetric}}, headline)
     for bits, count in OTHER_BITS.items():
         for symmetric in (True, False):
-            yield from each_method("bits", bits, symmetric, count)
+            yield from each_method("bits", bits, symmetric, count, OTHER_METHODS, OTHER_GROUPS)
 
 
-def each_method(section: str, bits: int, symmetric: bool, count: int) -> Iterator[Row]:
-    for group_size in GROUPS:
+def each_method(
+    section: str, bits: int, symmetric: bool, count: int, methods: tuple[str, ...], groups: tuple[int, ...]
+) -> Iterator[Row]:
+    for group_size in groups:
         scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
-        for method in METHODS:
+        for method in methods:
             yield Row(section, method, {"method": method, "scheme": scheme}, count)
 
 
