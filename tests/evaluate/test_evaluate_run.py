@@ -102,7 +102,7 @@ def test_layer_by_layer_the_numbers_are_the_same(tiny_checkpoint, make_checkpoin
     assert free.to_dict() == bound.to_dict()
     assert sum(parts) == pytest.approx(1)
     with pytest.raises(RecipeError, match="--max-memory: one layer with one window needs about"):
-        measure(max_memory=used)
+        measure(max_memory=used // 2)
 
 
 def test_dataset_without_text_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
