@@ -18,7 +18,7 @@ constexpr int64_t MANY = 128;        // tokens whose totals stay in the first-le
 constexpr int64_t CACHED = 1 << 20;  // bytes of x that stay in the second-level cache while the panels pass
 constexpr int PANELS = 4;            // that are multiplied at once
 
-using Bytes = int8_t __attribute__((vector_size(ROW)));
+using Bytes = uint8_t __attribute__((vector_size(ROW)));  // a difference wraps around, to a signed byte
 
 // What tiles will read is in memory: the instructions do not tell the compiler that they read it.
 void stored() { __asm__ volatile("" ::: "memory"); }
