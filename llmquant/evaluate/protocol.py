@@ -128,11 +128,11 @@ def cut(
         ids = torch.tensor(tokenizer(joined.join(documents), verbose=False)["input_ids"], dtype=torch.long)
         begins, words = bos is not None and ids[:1].tolist() == [bos], None
         if len(ids) < 2:
-            raise RecipeError(f"text: has {len(ids)} tokens; perplexity needs at least 2")
+            raise RecipeError(f"{name}: has {len(ids)} tokens, perplexity needs at least 2; give a longer text")
         found = list(_cut(ids, request, begins))[: request.max_windows]
     tokens = sum(window.predicted for window in found)
     if not tokens:
-        raise RecipeError("text: has no token to predict; perplexity needs at least 2")
+        raise RecipeError(f"{name}: has no token to predict, perplexity needs at least 2; give a longer text")
     widest = max(len(window.read if words else window.ids) for window in found)
     stride = request.step if request.kind == "sliding" else None
     return Cut(found, Protocol(name, widest, len(found), tokens, begins, dtype, request.kind, stride, words))
