@@ -109,9 +109,11 @@ LlmquantLinear tokens_of(const LlmquantLinear& task, int64_t first, int64_t last
 // Room for the activations of a task as integers; without planes, if there is no memory.
 struct Room {
     explicit Room(const LlmquantLinear& task) {
-        const auto blocks = static_cast<std::size_t>(task.tokens * blocks_of(task));
-        const int64_t bytes = task.tokens * task.planes * padded(task.columns) + LLMQUANT_SLACK;
-        planes.reset(new (std::nothrow) int8_t[static_cast<std::size_t>(bytes)]);
+        const int64_t tokens = (task.tokens + LLMQUANT_TILE - 1) / LLMQUANT_TILE * LLMQUANT_TILE;
+        const auto blocks = static_cast<std::size_t>(tokens * blocks_of(task));
+        planes.reset(
+            new (std::nothrow)
+                int8_t[static_cast<std::size_t>(tokens * task.planes * (padded(task.columns) + LLMQUANT_CHUNK))]);
         scales.reset(new (std::nothrow) float[blocks]);
         sums.reset(new (std::nothrow) int32_t[blocks]);
         if (planes && scales && sums) x = {planes.get(), scales.get(), sums.get()};

@@ -16,7 +16,7 @@
 
 #define LLMQUANT_PANEL 16        // rows
 #define LLMQUANT_CHUNK 32        // columns: every group and block is whole chunks
-#define LLMQUANT_SLACK 32        // bytes behind the integers of x that may be read, but never count
+#define LLMQUANT_TILE 16         // tokens, of 64 columns each: what AMX multiplies at once
 #define LLMQUANT_BLOCK_MOST 128  // columns whose activations share a scale, where a group has more
 
 enum : int64_t { LLMQUANT_BF16, LLMQUANT_FP16, LLMQUANT_FP32 };  // kinds of numbers
@@ -45,10 +45,11 @@ namespace llmquant {
 
 // x in integers: x[t][i] = scale[t][i / block] * integer, and the sum of each block's integers.
 struct Integers {
-    int8_t* planes;  // [tokens][planes][padded], then slack; with two, the integer is 128 * the first + the second
+    int8_t* planes;  // [tokens][planes][padded], or as tiles.cpp has it; with two, the integer is 128 * the first + the
+                     // second
     float* scales;   // [tokens][blocks]
     int32_t* sums;   // [tokens][blocks]
-};
+};  // with room for whole tiles of tokens, and of columns
 
 constexpr int64_t padded(int64_t columns) { return (columns + LLMQUANT_CHUNK - 1) / LLMQUANT_CHUNK * LLMQUANT_CHUNK; }
 // Columns whose activations share a scale: those of a group, if they are whole chunks and not too many.

@@ -52,15 +52,23 @@ inline void read(const void* from, int64_t kind, int64_t at, int64_t count, floa
     }
 }
 
+// Whole vectors go as such: a loop over a count that the compiler does not know is slow to begin.
 template <int MOST>
 inline void write(const float (&from)[MOST], void* to, int64_t kind, int64_t at, int64_t count) {
+    const int64_t whole = count / LANES * LANES;
     if (kind == LLMQUANT_FP32) {
-        copy(static_cast<float*>(to) + at, from, count);
+        float* numbers = static_cast<float*>(to) + at;
+        for (int64_t i = 0; i < whole; i += LANES) store(numbers + i, load<Float>(from + i));
+        copy(numbers + whole, from + whole, count - whole);
         return;
     }
-    uint16_t words[MOST];
-    for (int i = 0; i < MOST; i += LANES) narrow(words + i, to_half(load<Float>(from + i), kind));
-    copy(static_cast<uint16_t*>(to) + at, words, count);
+    uint16_t* words = static_cast<uint16_t*>(to) + at;
+    for (int64_t i = 0; i < whole; i += LANES) narrow(words + i, to_half(load<Float>(from + i), kind));
+    if (whole < count) {
+        uint16_t rest[LANES];
+        narrow(rest, to_half(load<Float>(from + whole), kind));
+        copy(words + whole, rest, count - whole);
+    }
 }
 
 }  // namespace

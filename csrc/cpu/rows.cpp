@@ -1,6 +1,7 @@
 // Products with packed weights, for the instruction set that the build names in LLMQUANT_LEVEL.
 
 #include "dot.h"
+#include "integers.h"
 #include "panel.h"
 
 namespace llmquant {
@@ -15,41 +16,6 @@ constexpr int panels_at_once(int rows) {
 
 constexpr int64_t CACHED = 1 << 18;  // bytes of x that stay in the second-level cache while the panels pass
 
-Float nearest_integer(Float x) { return (x + 12582912.0f) - 12582912.0f; }  // below 2^22, halves to even
-
-// ---- activations to integers
-
-// Activations of one block, filled up to its width. NaN and Inf make the scale NaN, and all that is computed with it.
-template <int PLANES>
-void block_to_integers(const float* x, int64_t width, int8_t* to, int64_t stride, float* scale, int32_t* total) {
-    constexpr float LIMIT = PLANES == 1 ? 127.0f : 127.0f * 128.0f + 63.0f;
-    Float most_of = {}, probe = {};
-    for (int64_t i = 0; i < width; i += LANES) {
-        const Float value = load<Float>(x + i);
-        const Float size = (Float)((Int)value & 0x7fffffff);
-        most_of = size > most_of ? size : most_of;
-        probe += value - value;
-    }
-    const float most = largest(most_of), broken = sum(probe);
-    const bool usable = broken == 0.0f && most > 1e-30f;
-    const float inverse = usable ? LIMIT / most : 0.0f;
-    Int integers = {};
-    for (int64_t i = 0; i < width; i += LANES) {
-        const Float scaled = usable ? load<Float>(x + i) * inverse : Float{};
-        const Int integer = __builtin_convertvector(nearest_integer(scaled), Int);
-        integers += integer;
-        if (PLANES == 1) {
-            narrow(to + i, integer);
-        } else {
-            const Int high = (integer + 64) >> 7;
-            narrow(to + i, high);
-            narrow(to + stride + i, integer - (high << 7));
-        }
-    }
-    *scale = (usable ? most / LIMIT : 0.0f) + broken;
-    *total = sum(integers);
-}
-
 template <int PLANES>
 void to_integers(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last) {
     const int64_t stride = padded(task.columns), block = block_of(task), blocks = blocks_of(task);
@@ -58,8 +24,10 @@ void to_integers(const LlmquantLinear& task, const Integers& x, int64_t first, i
             const int64_t start = b * block, count = min(block, task.columns - start);
             float values[LLMQUANT_BLOCK_MOST];
             read(task.x, task.x_kind, t * task.columns + start, count, values);
-            block_to_integers<PLANES>(values, min(block, stride - start), x.planes + t * PLANES * stride + start,
-                                      stride, x.scales + t * blocks + b, x.sums + t * blocks + b);
+            int8_t* to = x.planes + t * PLANES * stride + start;
+            block_to_integers<PLANES>(
+                values, min(block, stride - start), [&](int plane, int64_t i) { return to + plane * stride + i; },
+                x.scales + t * blocks + b, x.sums + t * blocks + b);
         }
 }
 
