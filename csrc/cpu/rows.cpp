@@ -14,6 +14,7 @@ constexpr int panels_at_once(int rows) {
     return LANES == 8 && rows == 1 ? 2 : 1;
 }
 
+constexpr int64_t AHEAD = 1 << 11;   // bytes of a panel
 constexpr int64_t CACHED = 1 << 18;  // bytes of x that stay in the second-level cache while the panels pass
 
 template <int PLANES>
@@ -94,16 +95,18 @@ class Tile {
                 for (int p = 0; p < PANELS; ++p)
                     for (int v = 0; v < V; ++v) parts[0][plane][t][p][v] = begin(sums[plane][t].of[p][v]);
         const int8_t* at = x.planes + token * PLANES * stride;
-        const uint8_t* codes = task.codes + panel * offset<BITS>(stride);
+        const int64_t size = offset<BITS>(stride), ahead = min(AHEAD, size);
+        const uint8_t* codes = task.codes + panel * size;
         for (int64_t column = from; column < to; column += 32 / BITS) {
+            // What is read next is asked for: a short panel ends before the processor has seen that it is a stream. At
+            // a panel's end that is the start of one of the next tile.
+            const int64_t next = offset<BITS>(column) + ahead < size ? ahead : ahead + (PANELS - 1) * size;
             Int low[PANELS][V], high[PANELS][V];
             for (int p = 0; p < PANELS; ++p)
                 for (int v = 0; v < V; ++v) {
-                    const uint8_t* from = codes + p * offset<BITS>(stride) + offset<BITS>(column) + v * 4 * LANES;
+                    const uint8_t* from = codes + p * size + offset<BITS>(column) + v * 4 * LANES;
                     const Int bytes = load<Int>(from);
-                    // A short panel ends before the processor has seen that it is a stream: the next ones are asked
-                    // for.
-                    if (TOKENS == 1) __builtin_prefetch(from + PANELS * offset<BITS>(stride), 0, 2);
+                    if (TOKENS == 1) __builtin_prefetch(from + next);
                     low[p][v] = low_nibbles(bytes);
                     high[p][v] = high_nibbles(bytes);
                 }
