@@ -40,16 +40,16 @@ def quantized(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="session")
 def quantized_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`quantized_smollm2("gptq")`: a trained model of 30 layers with tied embeddings, int4 g64, in that format."""
+    """`quantized_smollm2("gptq")`: a trained model of 30 layers with tied embeddings, int4, in that format."""
     if not (SMOLLM2 / "config.json").is_file():
         pytest.skip(f"no model at {SMOLLM2.relative_to(SMOLLM2.parents[1])}; run make model")
-    made: dict[tuple[str, bool], Path] = {}
+    made: dict[tuple[str, bool, int], Path] = {}
 
-    def make(layout: str, symmetric: bool = True) -> Path:
-        key = layout, symmetric
+    def make(layout: str, symmetric: bool = True, group_size: int = 64) -> Path:
+        key = layout, symmetric, group_size
         if key not in made:
             made[key] = tmp_path_factory.mktemp("smollm2") / layout
-            recipe = {"method": "rtn", "format": layout, "scheme": {"group_size": 64, "symmetric": symmetric}}
+            recipe = {"method": "rtn", "format": layout, "scheme": {"group_size": group_size, "symmetric": symmetric}}
             quantize(SMOLLM2, made[key], Recipe.from_dict(recipe))
         return made[key]
 

@@ -8,6 +8,7 @@ all but tied.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,22 @@ def test_trained_model(quantized_smollm2: Callable[[str], Path], tmp_path: Path)
     other = theirs.argmax(-1) != own.argmax(-1)
     assert float(other.float().mean()) < 0.05
     assert float((best[:, 0] - best[:, 1])[other].max() if other.any() else 0) < TIED
+
+
+def test_next_tokens(quantized_smollm2: Callable[..., Path], tmp_path: Path) -> None:
+    """1,000 places in four texts. Built with a BLAS, llama.cpp multiplies so many tokens in fp32."""
+    import llama_cpp
+
+    directory = quantized_smollm2("compressed-tensors", True, 32)
+    convert(directory, tmp_path / "gguf", "gguf")
+    text = "\n".join(topics[name] for name in sorted(topics))
+    ids = AutoTokenizer.from_pretrained(directory)(text[:20_000], return_tensors="pt")["input_ids"][0, :1000].view(4, 250)
+    with open_client(tmp_path / "gguf") as client:
+        theirs = client_logits(client, ids)
+    same = int((theirs.argmax(-1) == logits(load(directory, torch.float32), ids).argmax(-1)).sum())
+    blas = any((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-blas*"))
+    print(f"llama.cpp {'with' if blas else 'without'} a BLAS: the same next token at {same} of 1000 places")
+    assert same >= (990 if blas else 940)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["Q4_0", "Q4_1"])
