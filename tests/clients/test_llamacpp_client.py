@@ -112,7 +112,8 @@ def test_next_tokens(quantized_smollm2: Callable[..., Path], tmp_path: Path) -> 
     directory = quantized_smollm2("compressed-tensors", True, 32)
     convert(directory, tmp_path / "gguf", "gguf")
     text = "\n".join(topics[name] for name in sorted(topics))
-    ids = AutoTokenizer.from_pretrained(directory)(text[:20_000], return_tensors="pt")["input_ids"][0, :1000].view(4, 250)
+    tokens = AutoTokenizer.from_pretrained(directory)(text[:20_000], return_tensors="pt")["input_ids"]
+    ids = tokens[0, :1000].view(4, 250)
     with open_client(tmp_path / "gguf") as client:
         theirs = client_logits(client, ids)
     same = int((theirs.argmax(-1) == logits(load(directory, torch.float32), ids).argmax(-1)).sum())
