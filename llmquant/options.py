@@ -32,10 +32,10 @@ def parse_percent(text: str | None, option: str = "--max-increase") -> float | N
 
 
 def parse_ranks(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--tensor-parallel {text}: write numbers of ranks, as in 1,2,4,8") from error
+    ranks = [] if text is None else text.split(",")
+    if not all(rank.strip().isdecimal() and int(rank) for rank in ranks):
+        raise typer.BadParameter(f"--tensor-parallel {text}: write numbers of ranks, as in 1,2,4,8")
+    return [int(rank) for rank in ranks] if text is not None else None
 
 
 def merged_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:

@@ -167,6 +167,13 @@ def test_sensitivity_recommends_a_recipe_that_quantize_takes(tiny_checkpoint: Pa
         (["quantize", "{model}", "-o", "{out}", "--max-increase", "5%"], 1, "--text-file, --dataset: give one"),
         (["quantize", "{model}", "-o", "{out}", "--target-size", "lots"], 2, "as in 16GB"),
         (["quantize", "{model}", "-o", "{out}", "--target-bits", "5", "--target-kl", "1"], 1, "exactly one of"),
+        (
+            ["quantize", "{model}", "-o", "{out}", "--target-bits", "3.9"],
+            1,
+            "3.9 bits per weight, but codes alone take 4",
+        ),
+        (["quantize", "{model}", "-o", "{out}", "--target-size", "1KB"], 1, "1000 bytes, but codes and what is not"),
+        (["quantize", "{model}", "-o", "{out}", "--tensor-parallel", "0"], 2, "as in 1,2,4,8"),
         (["sensitivity", "{model}", "-o", "{out}"], 2, "a recipe needs a target"),
         (["quantize", "{model}"], 2, "--out"),
         (["quantise"], 2, "quantise"),

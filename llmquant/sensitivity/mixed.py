@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmquant.assign import Linear
 from llmquant.calibration.batches import Calibration
 from llmquant.checkpoint import durable
 from llmquant.checkpoint.strict_json import parse_object
@@ -98,12 +99,35 @@ def settle(
         kept = parse_object(memory.read_bytes(), memory)
         recipe, note = Recipe.from_dict(kept["recipe"], str(memory)), str(kept["note"])
     else:
+        _refuse_too_little(plan, shell, target)
         mixture = mix(measure(plan.recipe, shell, calibration.batches, noticed=noticed), plan, shell, target)
         recipe, note = mixture.recipe, str(mixture)
         if memory is not None:
             durable.write_file(memory, [json_bytes({"recipe": recipe.model_dump(mode="json"), "note": note})])
     settled = make_plan(recipe, shell)
     return replace(settled, notes=(note, *settled.notes))
+
+
+def _refuse_too_little(plan: Plan, shell: Shell, target: Target) -> None:
+    """What no choice can reach is refused before the model is measured, which takes minutes."""
+    cost, recipe = _Costs(shell, plan.recipe), plan.recipe
+    fewest = planned = weights = 0
+    for linear in plan.linears:
+        pinned = any(override.matches(linear.name) for override in recipe.overrides)
+        size = linear.m * linear.n
+        planned += cost(linear, linear.scheme)
+        fewest += cost(linear, linear.scheme) if pinned else min(target.choices) * size
+        weights += size
+    if target.bits is not None and fewest > target.bits * weights:
+        raise RecipeError(
+            f"target: {target.bits:g} bits per weight, but codes alone take {fewest / weights:.2f}; loosen it, or "
+            "`choices` and `overrides`"
+        )
+    if target.size is not None and (others := 8 * plan.bytes_out - planned) + fewest > 8 * target.size:
+        raise RecipeError(
+            f"target: {target.size} bytes, but codes and what is not quantized take {(others + fewest) // 8}; loosen "
+            "it, or `choices` and `overrides`"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +137,7 @@ class _Costs:
     shell: Shell
     recipe: Recipe
 
-    def __call__(self, linear: LinearSensitivity, scheme: Scheme | None) -> int:
+    def __call__(self, linear: Linear | LinearSensitivity, scheme: Scheme | None) -> int:
         if scheme is None:
             dtype = self.shell.stored_dtype(f"{linear.name}.weight")
             return 8 * dtype.itemsize * linear.m * linear.n
