@@ -339,6 +339,8 @@ def run_search(
     told = lambda made: console.print(str(made), soft_wrap=True)  # noqa: E731
     with Display() as display:
         outcome = search.search(model, out, recipe, options, target, display, told)
+    if outcome.best:
+        write_report(out)
     if as_json:
         print_json(outcome.to_dict())
     outcome.require()

@@ -97,6 +97,7 @@ def test_a_search_in_vain_ends_with_the_best_and_exit_code_3(tiny_checkpoint: Pa
     assert (outcome["held"], outcome["attempts"][-1]["increase"]) == (False, None)
     assert "error: --max-increase -100.00%: not reached in" in done.stderr
     assert (tmp_path / "out" / "config.json").is_file()
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_compare(packed: Path, tiny_checkpoint: Path, text: Path) -> None:
