@@ -43,10 +43,10 @@ LLMQUANT_EXPORT int64_t llmquant_linear(const LlmquantLinear* task);
 
 namespace llmquant {
 
-// x in integers: x[t][i] = scale[t][i / block] * integer, and the sum of each block's integers.
+// x in integers: x[t][i] = scale[t][i / block] * integer, and the sum of each block's integers. With two planes, an
+// integer is 128 * the first + the second.
 struct Integers {
-    int8_t* planes;  // [tokens][planes][padded], or as tiles.cpp has it; with two, the integer is 128 * the first + the
-                     // second
+    int8_t* planes;  // [tokens][planes][padded], or in the order of tiles.cpp
     float* scales;   // [tokens][blocks]
     int32_t* sums;   // [tokens][blocks]
 };  // with room for whole tiles of tokens, and of columns

@@ -16,7 +16,7 @@ constexpr int64_t TILE = LLMQUANT_TILE;  // tokens, and rows: a panel
 constexpr int64_t ROW = 64;              // bytes of a row of a tile
 constexpr int64_t FEW = 8;               // tokens; for fewer, vectors are faster
 constexpr int64_t MANY = 8;              // tiles of tokens whose totals stay in the first-level cache
-constexpr int64_t CACHED = 1 << 20;      // bytes of x that stay in the second-level cache while the panels pass
+constexpr int64_t CACHED = 1 << 20;      // bytes of x (or y) that stay in the second-level cache while the panels pass
 constexpr int PANELS = 4;                // that are multiplied at once
 
 using Bytes = uint8_t __attribute__((vector_size(ROW)));  // a difference wraps around, to a signed byte
@@ -57,6 +57,7 @@ void configure(const LlmquantLinear& task) {
     _tile_loadconfig(&tiles);
 }
 
+// Activations of tokens [first, last) to integers.
 template <int PLANES>
 void to_tiles(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last) {
     const int64_t block = block_of(task), blocks = blocks_of(task), deep = depth(task);
@@ -98,7 +99,7 @@ void unpack(const LlmquantLinear& task, int64_t panel, int64_t first, int64_t co
     stored();
 }
 
-// Whole lines of memory, which the caches need not fetch before: nothing reads them soon.
+// Whole lines of memory, which the caches need not fetch before.
 void write_past_caches(const float (&from)[PANELS * PANEL], void* to, int64_t kind, int64_t at) {
     if (kind == LLMQUANT_FP32) {
         for (int i = 0; i < PANELS * PANEL; i += LANES)
@@ -211,14 +212,15 @@ class Strip {
     void write(int64_t row, int64_t end) const {
         float bias[PANELS * PANEL] = {};
         if (task.bias) read(task.bias, task.bias_kind, row, end - row, bias);
-        // All four panels of every token are whole lines of memory.
-        const bool aligned = reinterpret_cast<uintptr_t>(task.y) % ROW == 0 &&
-                             task.rows * (task.x_kind == LLMQUANT_FP32 ? 4 : 2) % ROW == 0;
+        // All four panels of every token are whole lines of memory, of more than would stay in a cache anyway.
+        const int64_t width = task.rows * (task.x_kind == LLMQUANT_FP32 ? 4 : 2);
+        const bool past_caches =
+            task.tokens * width > CACHED && width % ROW == 0 && reinterpret_cast<uintptr_t>(task.y) % ROW == 0;
         for (int64_t t = first * TILE; t < min(last * TILE, task.tokens); ++t) {
             float values[PANELS * PANEL];
             for (int p = 0; p < PANELS; ++p)
                 store(values + p * PANEL, totals[t - first * TILE][p] + load<Float>(bias + p * PANEL));
-            if (end - row == PANELS * PANEL && aligned)
+            if (end - row == PANELS * PANEL && past_caches)
                 write_past_caches(values, task.y, task.x_kind, t * task.rows + row);
             else
                 llmquant::write(values, task.y, task.x_kind, t * task.rows + row, end - row);

@@ -66,6 +66,18 @@ def test_instruction_sets_agree_on_many_tokens(scheme: Scheme, level: int, plane
     torch.testing.assert_close(y, baseline, rtol=1e-5, atol=1e-5 * float(baseline.abs().max()))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_results_that_no_cache_holds(kind: torch.dtype, level: int) -> None:
+    """Whole lines of memory are written past the caches, and those of the last rows are not."""
+    w, x, bias = weight(Scheme(4, 32), 2080, 64), random(560, 64).to(kind), random(2080).to(kind)
+    y = NATIVE.linear(x, w.panels, bias, 2080, w.scheme, 1, level)
+    rounding = torch.finfo(kind).eps if kind != torch.float32 else 0
+    assert off(y, x, w.real, bias) < BOUND[1] + rounding
+    some = torch.cat([NATIVE.linear(x[i : i + 8], w.panels, bias, 2080, w.scheme, 1, level) for i in (0, 272, 552)])
+    assert torch.equal(y[[*range(8), *range(272, 280), *range(552, 560)]], some)
+
+
 @settings(deadline=None)
 @given(
     scheme=st.sampled_from(SCHEMES),
