@@ -20,7 +20,7 @@ from llmquant.observer import Observer, Silent
 from llmquant.plan import Plan, check_original, make_plan
 from llmquant.recipe import Recipe
 from llmquant.sensitivity.measure import Sensitivity, measure
-from llmquant.sensitivity.mixed import Mixture, mix, settle
+from llmquant.sensitivity.mixed import Mixture, mix, refuse_unreachable, settle
 from llmquant.unit import Workplace, process, replay
 
 
@@ -46,12 +46,15 @@ DEFAULT, HERE, SILENT = Recipe(), Options(), Silent()
 
 
 def open_plan(model: str | Path, recipe: Recipe, options: Options = HERE) -> tuple[Shell, Plan]:
-    """Open the checkpoint and decide everything; nothing is written."""
+    """Open the checkpoint and decide everything but what a target has to be measured for; nothing is written."""
     source = Checkpoint.open(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
     check_original(source)
     shell = Shell(source, options.device, options.compute_dtype)
     use_attention(shell.model)
-    return shell, make_plan(recipe, shell, options.max_memory)
+    plan = make_plan(recipe, shell, options.max_memory)
+    if recipe.target:
+        refuse_unreachable(plan, shell, recipe.target)
+    return shell, plan
 
 
 def preview(model: str | Path, recipe: Recipe, options: Options = HERE, observer: Observer = SILENT) -> Plan:

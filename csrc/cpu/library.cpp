@@ -98,7 +98,7 @@ void share(int64_t rows, int64_t tile, int64_t threads, int64_t products, Work w
 constexpr int64_t OWN_TOKENS = 32;
 
 LlmquantLinear tokens_of(const LlmquantLinear& task, int64_t first, int64_t last) {
-    const int64_t size = task.x_kind == LLMQUANT_FP32 ? 4 : 2;
+    const int64_t size = bytes_of(task.x_kind);
     LlmquantLinear part = task;
     part.x = static_cast<const char*>(task.x) + first * task.columns * size;
     part.y = static_cast<char*>(task.y) + first * task.rows * size;

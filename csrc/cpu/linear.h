@@ -51,6 +51,7 @@ struct Integers {
     int32_t* sums;   // [tokens][blocks]
 };  // with room for whole tiles of tokens, and of columns
 
+constexpr int64_t bytes_of(int64_t kind) { return kind == LLMQUANT_FP32 ? 4 : 2; }
 constexpr int64_t padded(int64_t columns) { return (columns + LLMQUANT_CHUNK - 1) / LLMQUANT_CHUNK * LLMQUANT_CHUNK; }
 // Columns whose activations share a scale: those of a group, if they are whole chunks and not too many.
 constexpr int64_t block_of(const LlmquantLinear& task) {

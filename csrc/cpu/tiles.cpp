@@ -213,7 +213,7 @@ class Strip {
         float bias[PANELS * PANEL] = {};
         if (task.bias) read(task.bias, task.bias_kind, row, end - row, bias);
         // All four panels of every token are whole lines of memory, of more than would stay in a cache anyway.
-        const int64_t width = task.rows * (task.x_kind == LLMQUANT_FP32 ? 4 : 2);
+        const int64_t width = task.rows * bytes_of(task.x_kind);
         const bool past_caches =
             task.tokens * width > CACHED && width % ROW == 0 && reinterpret_cast<uintptr_t>(task.y) % ROW == 0;
         for (int64_t t = first * TILE; t < min(last * TILE, task.tokens); ++t) {

@@ -99,7 +99,6 @@ def settle(
         kept = parse_object(memory.read_bytes(), memory)
         recipe, note = Recipe.from_dict(kept["recipe"], str(memory)), str(kept["note"])
     else:
-        _refuse_too_little(plan, shell, target)
         mixture = mix(measure(plan.recipe, shell, calibration.batches, noticed=noticed), plan, shell, target)
         recipe, note = mixture.recipe, str(mixture)
         if memory is not None:
@@ -108,26 +107,31 @@ def settle(
     return replace(settled, notes=(note, *settled.notes))
 
 
-def _refuse_too_little(plan: Plan, shell: Shell, target: Target) -> None:
-    """What no choice can reach is refused before the model is measured, which takes minutes."""
-    cost, recipe = _Costs(shell, plan.recipe), plan.recipe
+def refuse_unreachable(plan: Plan, shell: Shell, target: Target) -> None:
+    """What codes alone exceed is refused before the model is measured, which takes minutes.
+
+    Raises:
+        RecipeError: no choice reaches the target.
+    """
+    cost = _Costs(shell, plan.recipe)
     fewest = planned = weights = 0
     for linear in plan.linears:
-        pinned = any(override.matches(linear.name) for override in recipe.overrides)
-        size = linear.m * linear.n
-        planned += cost(linear, linear.scheme)
-        fewest += cost(linear, linear.scheme) if pinned else min(target.choices) * size
-        weights += size
+        stays = cost(linear, linear.scheme)
+        planned += stays
+        fewest += stays if _pinned(plan.recipe, linear) else min(target.choices) * linear.m * linear.n
+        weights += linear.m * linear.n
+    others = 8 * plan.bytes_out - planned
     if target.bits is not None and fewest > target.bits * weights:
-        raise RecipeError(
-            f"target: {target.bits:g} bits per weight, but codes alone take {fewest / weights:.2f}; loosen it, or "
-            "`choices` and `overrides`"
-        )
-    if target.size is not None and (others := 8 * plan.bytes_out - planned) + fewest > 8 * target.size:
-        raise RecipeError(
-            f"target: {target.size} bytes, but codes and what is not quantized take {(others + fewest) // 8}; loosen "
-            "it, or `choices` and `overrides`"
-        )
+        least = f"{target.bits:g} bits per weight, but codes alone take {fewest / weights:.2f}"
+    elif target.size is not None and others + fewest > 8 * target.size:
+        least = f"{target.size} bytes, but codes and what is not quantized take {(others + fewest) // 8}"
+    else:
+        return
+    raise RecipeError(f"target: {least}; loosen it, or `choices` and `overrides`")
+
+
+def _pinned(recipe: Recipe, *linears: Linear | LinearSensitivity) -> bool:
+    return any(override.matches(linear.name) for override in recipe.overrides for linear in linears)
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,7 @@ class _Costs:
 def _menu(linears: Linears, recipe: Recipe, target: Target, cost: _Costs) -> list[Choice]:
     """What may become of the group: what an override says, or anything that the format holds."""
     first = linears[0]
-    pinned = any(override.matches(linear.name) for override in recipe.overrides for linear in linears)
-    if pinned:
+    if _pinned(recipe, *linears):
         schemes: list[Scheme | None] = [first.assigned]
     else:
         held = [s for s in first.losses if not any(FORMATS[recipe.format].refuse(x.m, x.n, s) for x in linears)]
