@@ -170,7 +170,7 @@ class _Work:
         held_out = self.place.held_out if self.judges(stack) or self.recipe.solver.train else ()
         for i, (x, mask, original) in enumerate(self.crossing.samples(first)):
             if not stack.normed:
-                size = self.crossing.sizes[i].to(x.dtype).view(*x.shape[:-1], 1)
+                size = self.crossing.sizes[i].to(x).view(*x.shape[:-1], 1)
                 x, original = x / size, None if original is None else original / size
             (moments.hold_out if i in held_out else moments.update)(x, mask, original)
         return moments

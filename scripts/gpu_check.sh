@@ -6,7 +6,7 @@
 #
 #     scripts/gpu_check.sh OUTDIR [--only kernels|solver|quantize]
 #
-# PYTHON names the interpreter (python3).
+# What is not timed runs at once, and is over before anything is. PYTHON names the interpreter (python3).
 set -euo pipefail
 
 readonly PARTS="kernels solver quantize"
@@ -39,6 +39,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 status=0
+checks=()
 : >"$out/summary.txt"
 
 # step NAME SECONDS COMMAND...: its output goes to NAME.log, its outcome into the summary.
@@ -50,14 +51,14 @@ step() {
     local outcome=ok
     [[ $code -eq 0 ]] || outcome="failed ($code), see $name.log"
     [[ $code -ne 124 ]] || outcome="stopped after $limit s, see $name.log"
-    [[ $code -eq 0 ]] || status=1
     printf '%-12s %4d s  %s\n' "$name" "$((SECONDS - began))" "$outcome" | tee -a "$out/summary.txt"
+    return "$code"
 }
 
 tests() {
     local name=$1
     shift
-    step "$name" 300 "$python" -m pytest -q -rs -p no:cacheprovider --junitxml="$out/$name.xml" "$@"
+    step "$name" 300 "$python" -m pytest -q -rs -p no:cacheprovider "${workers[@]}" --junitxml="$out/$name.xml" "$@"
 }
 
 # The allocator's own blocks would hide what is read or written beyond a tensor.
@@ -68,35 +69,55 @@ sanitized() {
         -k "not triton and (whole_numbers or around)"
 }
 
+# A model quantized twice has the same bytes.
+quantized() {
+    local run
+    model=$(mktemp -d)
+    trap 'rm -rf "$model"' EXIT
+    step model 60 "$python" scripts/make_tiny.py "$model/original" --layers 3 || return
+    for run in first second; do
+        step "quantize-$run" 120 "$python" -m llmquant.cli quantize "$model/original" -o "$model/$run" --device cuda ||
+            return
+    done
+    step same-bytes 20 cmp "$model/first/SHA256SUMS" "$model/second/SHA256SUMS"
+}
+
+workers=()
+! "$python" -c 'import xdist' 2>/dev/null || workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+
 step build 240 "$nvcc" -std=c++17 -O3 -arch=native --threads 0 -cudart static -shared \
-    -Xcompiler -fPIC,-fvisibility=hidden csrc/cuda/*.cu -o llmquant/_native/llmquant_cuda.so
-step runtime 60 "$python" -c 'from llmquant.native import describe_gpu_backend; print(describe_gpu_backend())'
+    -Xcompiler -fPIC,-fvisibility=hidden csrc/cuda/*.cu -o llmquant/_native/llmquant_cuda.so || status=1
+step runtime 60 "$python" -c 'from llmquant.native import describe_gpu_backend; print(describe_gpu_backend())' || status=1
 
 if [[ $parts == *kernels* ]]; then
-    tests kernels tests/kernels/test_cuda_device.py tests/kernels/test_triton_linear.py tests/kernels/test_slabs.py \
-        tests/runtime/test_cuda_model.py tests/bench/test_gpu_bench.py
+    tests kernels tests/kernels/test_cuda_device.py tests/kernels/test_triton_linear.py \
+        tests/kernels/test_slabs.py tests/runtime/test_cuda_model.py tests/bench/test_gpu_bench.py &
+    checks+=("$!")
     if command -v compute-sanitizer >/dev/null; then
-        sanitized memcheck
-        sanitized racecheck
+        sanitized memcheck &
+        checks+=("$!")
+        sanitized racecheck &
+        checks+=("$!")
     else
         status=1
         echo "memcheck     not run: there is no compute-sanitizer on the PATH" | tee -a "$out/summary.txt"
     fi
-    step bench 240 "$python" scripts/bench_kernels.py "$out/kernels.json" --device cuda --paths \
-        --shapes 8192x28672,8192x8192,4096x14336,14336x4096 --tokens 1,2,4,8,16,32,64,128,256,512,1024,4096
 fi
 if [[ $parts == *solver* ]]; then
-    tests solver tests/solve/test_gpu_columns.py tests/solve/test_triton_columns.py
-    step bench-solve 180 "$python" scripts/bench_solve.py --device cuda --json "$out/solve.json"
+    tests solver tests/solve/test_gpu_columns.py tests/solve/test_triton_columns.py &
+    checks+=("$!")
 fi
 if [[ $parts == *quantize* ]]; then
-    model=$(mktemp -d)
-    trap 'rm -rf "$model"' EXIT
-    step model 60 "$python" scripts/make_tiny.py "$model/original" --layers 3
-    for run in first second; do
-        step "quantize-$run" 120 "$python" -m llmquant.cli quantize "$model/original" -o "$model/$run" --device cuda
-    done
-    step same-bytes 20 cmp "$model/first/SHA256SUMS" "$model/second/SHA256SUMS"
+    quantized &
+    checks+=("$!")
+fi
+for process in "${checks[@]}"; do wait "$process" || status=1; done
+if [[ $parts == *kernels* ]]; then
+    step bench 240 "$python" scripts/bench_kernels.py "$out/kernels.json" --device cuda --paths \
+        --shapes 8192x28672,8192x8192,4096x14336,14336x4096 --tokens 1,2,4,8,16,32,64,128,256,512,1024,4096 || status=1
+fi
+if [[ $parts == *solver* ]]; then
+    step bench-solve 180 "$python" scripts/bench_solve.py --device cuda --json "$out/solve.json" || status=1
 fi
 
 [[ ! -f $out/bench.log ]] || cat "$out/bench.log"

@@ -6,7 +6,8 @@
 // the order of threads and blocks, and whether an asynchronous copy arrives at once or not before it is waited for.
 // Shared memory starts out as NaNs. Fragments are placed as the PTX ISA documents them, not as layout.h does.
 //
-// What this cannot show: anything about time, and races within what one thread does between two meetings.
+// What this cannot show: anything about time, races within what one thread does between two meetings, and registers
+// that are used while wgmma still reads or writes them.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +16,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -30,11 +33,16 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define LLMQUANT_WGMMA
 
 namespace llmquant::cuda {
 
 using std::max;
 using std::min;
+
+using Barrier = uint64_t;
+using BoxMap = Boxes;
 
 struct Device {
     int processors, capability;
@@ -51,13 +59,28 @@ struct Launch {
 namespace emulated {
 
 constexpr int64_t STACK = 128 * 1024;
-constexpr int MOST_SHARED = 99 * 1024;  // of a block: what the smallest device that is served has (sm_86)
+constexpr int MOST_SHARED = 227 * 1024;  // of a block, on sm_90
+constexpr int OTHERS_SHARED = 99 * 1024;  // on the smallest device that is served (sm_86)
 
 // Copies of one thread that are on their way, in groups.
 struct Copy {
     void* to;
     const void* from;
     int bytes;
+};
+
+// What the copy engine has yet to write, and the mbarriers that it does so for.
+struct Phase {
+    int arrivals, arrived = 0, parity = 0;
+    int64_t bytes = 0;  // yet to come
+    std::vector<std::function<void()>> copies;
+
+    // Every arrival and every byte is there.
+    void settle() {
+        if (arrived < arrivals || bytes != 0) return;
+        arrived = 0;
+        parity ^= 1;
+    }
 };
 
 struct Thread {
@@ -81,10 +104,11 @@ struct Machine {
 
     std::vector<Thread> threads;
     std::vector<Meeting> warps;
-    Meeting everyone;
+    Meeting everyone, some;
+    std::map<const Barrier*, Phase> barriers;
     ucontext_t scheduler;
     int running = 0, block = 0;
-    alignas(128) unsigned char shared[MOST_SHARED];
+    alignas(1024) unsigned char shared[MOST_SHARED];
     int shared_bytes = 0;
     int worst_conflict = 0;  // of ldmatrix: rows of one matrix in the same banks; 1 is none
     std::string failure;
@@ -138,7 +162,8 @@ void run_block(const Launch& launch, const Body& body, std::mt19937& random) {
     const auto count = static_cast<std::size_t>(launch.threads);
     std::memset(m.shared, 0xff, sizeof m.shared);
     m.warps.assign(count / LANES, Meeting());
-    m.everyone = Meeting();
+    m.everyone = m.some = Meeting();
+    m.barriers.clear();
     if (m.threads.size() < count) m.threads.resize(count);
 
     static const Body* current;
@@ -306,6 +331,160 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     });
 }
 
+namespace emulated {
+
+inline Phase& phase_of(const Barrier* barrier) {
+    const auto found = machine().barriers.find(barrier);
+    if (found == machine().barriers.end()) fail("an mbarrier that has not begun");
+    return found->second;
+}
+
+inline void expect_shared(const void* to, int64_t bytes, int64_t aligned) {
+    const auto place = static_cast<const unsigned char*>(to) - machine().shared;
+    if (place < 0 || place + bytes > machine().shared_bytes) fail("a copy outside of shared memory");
+    if (place % aligned) fail("a copy to where none can go");
+}
+
+// A copy that `barrier` is told of: at once, or when somebody waits there.
+inline void start_copy(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
+    Phase& phase = phase_of(barrier);
+    const auto arrive = [copy = std::move(copy), bytes, &phase] {
+        copy();
+        phase.bytes -= bytes;
+        phase.settle();
+        machine().steps = 0;
+    };
+    if (machine().late)
+        phase.copies.push_back(arrive);
+    else
+        arrive();
+}
+
+}  // namespace emulated
+
+inline void begin_barrier(Barrier* barrier, int arrivals) {
+    emulated::machine().barriers[barrier] = emulated::Phase{arrivals, 0, 0, 0, {}};
+}
+inline void fence_barriers() {}
+inline void expect_bytes(Barrier* barrier, int bytes) {
+    emulated::Phase& phase = emulated::phase_of(barrier);
+    phase.bytes += bytes;
+    ++phase.arrived;
+    phase.settle();
+    emulated::machine().steps = 0;
+}
+inline void arrive(Barrier* barrier) { expect_bytes(barrier, 0); }
+inline void await_phase(Barrier* barrier, int parity) {
+    emulated::Phase& phase = emulated::phase_of(barrier);
+    while (phase.parity == parity) {
+        for (const auto& copy : std::exchange(phase.copies, {})) copy();
+        if (phase.parity == parity) emulated::yield();
+    }
+}
+
+inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, uint64_t) {
+    emulated::expect_shared(to, bytes, 16);
+    emulated::expect_aligned(from);
+    if (bytes <= 0 || bytes % 16) emulated::fail("a copy of no possible size");
+    emulated::start_copy(barrier, bytes, [=] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
+}
+
+inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
+    const int row = 2 * map.box_columns;  // bytes
+    emulated::expect_shared(to, int64_t{row} * map.box_tokens, 1024);
+    if (row != 128) emulated::fail("a box of another width than its swizzle has");
+    emulated::start_copy(barrier, int64_t{row} * map.box_tokens, [=] {
+        for (int t = 0; t < map.box_tokens; ++t)
+            for (int c = 0; c < map.box_columns; ++c) {
+                const bool there = token + t < map.tokens && column + c < map.columns;
+                const uint16_t number = there ? map.from[(token + t) * map.stride + column + c] : 0;
+                std::memcpy(static_cast<char*>(to) + t * row + ((c / 8 ^ t % 8) * 16 + c % 8 * 2), &number, 2);
+            }
+    });
+}
+
+inline int64_t map_boxes(const Boxes& boxes, BoxMap* map) {
+    *map = boxes;
+    return 0;
+}
+
+template <int THREADS>
+void sync_threads() {
+    emulated::meet(emulated::machine().some, THREADS, [] {});
+}
+
+// PTX ISA, "Matrix descriptor": units of 16 bytes; the swizzle of 128 bytes exchanges bits 4..6 of an address with
+// themselves and bits 7..9.
+inline uint64_t matrix_of(const void* boxes) {
+    const auto place = static_cast<const unsigned char*>(boxes) - emulated::machine().shared;
+    return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | static_cast<uint64_t>(place) >> 4;
+}
+inline uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + static_cast<uint64_t>(bytes >> 4); }
+
+inline void begin_group() {}
+inline void commit_group() {}
+template <int PENDING>
+void await_groups() {}
+
+// PTX ISA, "Register fragments for wgmma.m64nNk16": a warp's 16 rows of A and of D.
+template <class T, int TOKENS>
+void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b) {
+    struct Operands {
+        float* c;
+        const uint32_t* a;
+        uint64_t b;
+    } own = {c, a, b};
+    emulated::meet_warp(own, [](Operands** all) {
+        double A[16][16], B[16][TOKENS];
+        for (int lane = 0; lane < LANES; ++lane)
+            for (int i = 0; i < 8; ++i)
+                A[(lane >> 2) + 8 * (i >> 1 & 1)][lane % 4 * 2 + (i & 1) + 8 * (i >> 2)] =
+                    emulated::decoded(all[lane]->a[i / 2] >> 16 * (i % 2) & 0xffff, T());
+        const uint64_t matrix = all[0]->b, eight_rows = (matrix >> 32 & 0x3fff) << 4;
+        for (int n = 0; n < TOKENS; ++n)
+            for (int k = 0; k < 16; ++k) {
+                uint64_t at = ((matrix & 0x3fff) << 4) + n / 8 * eight_rows + n % 8 * 128 + 2 * k;
+                at ^= (at >> 7 & 7) << 4;
+                uint16_t number;
+                std::memcpy(&number, emulated::machine().shared + at, 2);
+                B[k][n] = emulated::decoded(number, T());
+            }
+        for (int lane = 0; lane < LANES; ++lane)
+            for (int i = 0; i < TOKENS / 2; ++i) {
+                const int row = (lane >> 2) + 8 * (i >> 1 & 1), column = 8 * (i >> 2) + lane % 4 * 2 + (i & 1);
+                double sum = all[lane]->c[i];
+                for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+                all[lane]->c[i] = static_cast<float>(sum);
+            }
+    });
+}
+
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void leave_registers() {}
+
+inline uint32_t transpose_matrix(uint32_t pair) {
+    struct Operands {
+        uint32_t given, taken;
+    } own = {pair, 0};
+    emulated::meet_warp(own, [](Operands** all) {
+        for (int lane = 0; lane < LANES; ++lane)
+            for (int i = 0; i < 2; ++i) {
+                const int row = lane % 4 * 2 + i, column = lane / 4;  // of what is given
+                const uint32_t number = all[row * 4 + column / 2]->given >> 16 * (column % 2) & 0xffff;
+                all[lane]->taken |= number << 16 * i;
+            }
+    });
+    return own.taken;
+}
+
+inline uint32_t pick_bytes(uint32_t word, uint32_t selector) {
+    uint32_t picked = 0;
+    for (int i = 0; i < 4; ++i) picked |= (word >> 8 * (selector >> 4 * i & 3) & 0xff) << 8 * i;
+    return picked;
+}
+
 inline uint32_t merge(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 
 template <class T>
@@ -352,7 +531,8 @@ int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
     m.failure.clear();
     m.steps = 0;
     m.shared_bytes = launch.shared_bytes;
-    if (launch.shared_bytes > emulated::MOST_SHARED) m.failure = "more shared memory than a block has";
+    if (launch.shared_bytes > (m.device.capability == 90 ? emulated::MOST_SHARED : emulated::OTHERS_SHARED))
+        m.failure = "more shared memory than a block has";
     std::mt19937 random(m.seed);
     std::vector<int> order(static_cast<std::size_t>(launch.blocks));
     std::iota(order.begin(), order.end(), 0);

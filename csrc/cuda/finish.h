@@ -6,19 +6,25 @@
 namespace llmquant::cuda {
 
 // Whether this block is the last of those that share the tile, all of whose sums then stand in the workspace; the
-// calling block's own included, which it has just written. Called by all threads; `word` is theirs, in shared memory.
-__device__ __forceinline__ bool is_last(const Product& product, int tile, int* word) {
+// calling block's own included, which it has just written. Called by all threads that `sync` is a barrier of; `word`
+// is theirs, in shared memory.
+template <class Sync>
+__device__ __forceinline__ bool is_last(const Product& product, int tile, int* word, Sync sync) {
     const Schedule& schedule = product.schedule;
     fence();  // what this thread has written, before the ticket
-    sync_block();
+    sync();
     if (thread_index() == 0) {
         const int others = last_block(schedule, tile) - first_block(schedule, tile);
         *word = draw_ticket(product.tickets + tile, static_cast<uint32_t>(others));
     }
-    sync_block();
+    sync();
     const bool last = *word != 0;
     if (last) fence();  // the ticket, before what the others have written
     return last;
+}
+
+__device__ __forceinline__ bool is_last(const Product& product, int tile, int* word) {
+    return is_last(product, tile, word, [] { sync_block(); });
 }
 
 __device__ __forceinline__ float bias_at(const Product& product, int row) {

@@ -29,7 +29,7 @@ inline Weight weight_of(const LlmquantCudaWeight& weight) {
             static_cast<const uint32_t*>(weight.zeros), layout_of(weight.rows, weight.columns, weight.group)};
 }
 
-// A product as gemv.cu and gemm.cu see it.
+// A product as gemv.cu, gemm.cu and wgmma.cu see it.
 struct Product {
     Weight weight;
     const uint16_t* x;
@@ -50,7 +50,7 @@ struct Path {
     int64_t (*start)(const Product& product, int64_t kind, void* stream);
 };
 
-extern const Path gemv, gemm;
+extern const Path gemv, gemm, wgmma;
 
 int64_t start_pack(const LlmquantCudaWeight& weight, const uint8_t* codes, const float* scales, const uint8_t* zeros,
                    void* stream);

@@ -12,6 +12,17 @@ int64_t find_device(Device* device) {
     return LLMQUANT_CUDA_OLD_DEVICE;
 }
 
+const Path& path_of(int64_t path) {
+    switch (path) {
+        case LLMQUANT_CUDA_GEMV:
+            return gemv;
+        case LLMQUANT_CUDA_WGMMA:
+            return wgmma;
+        default:
+            return gemm;
+    }
+}
+
 // A product, checked, and how it is computed.
 struct Plan {
     Device device;
@@ -30,10 +41,11 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     if (task.path < LLMQUANT_CUDA_AUTO || task.path > LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
     if (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
     if (const int64_t error = find_device(&plan->device)) return error;
+    if (task.path == LLMQUANT_CUDA_WGMMA && plan->device.capability != 90) return LLMQUANT_CUDA_BAD_PATH;
     plan->path = task.path == LLMQUANT_CUDA_AUTO ? path_for(task.tokens, plan->device.capability) : task.path;
     if (plan->path == LLMQUANT_CUDA_DEQUANTIZE) return 0;
 
-    const Path& path = plan->path == LLMQUANT_CUDA_GEMV ? gemv : gemm;
+    const Path& path = path_of(plan->path);
     Product& product = plan->product;
     product.weight = weight_of(task.weight);
     product.x = static_cast<const uint16_t*>(task.x);
@@ -76,6 +88,5 @@ int64_t llmquant_cuda_linear(const LlmquantCudaLinear* task, void* stream) {
     if (const int64_t error = plan_of(*task, &plan)) return error;
     if (plan.path == LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
     if (task->partials_bytes < plan.partials_bytes || task->tickets_count < plan.tickets) return LLMQUANT_CUDA_NO_ROOM;
-    const Path& path = plan.path == LLMQUANT_CUDA_GEMV ? gemv : gemm;
-    return path.start(plan.product, task->kind, stream);
+    return path_of(plan.path).start(plan.product, task->kind, stream);
 }

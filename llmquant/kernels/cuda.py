@@ -22,7 +22,7 @@ from llmquant.scheme import Quantized, Scheme
 TILE = 64  # rows; slabs begin at a multiple
 ALIGNED = 8  # numbers: the stride of x in 16 bytes
 HALVES = KINDS[:2]  # what the kernels multiply, and scales are held in
-AUTO, GEMV, GEMM, DEQUANTIZE = range(4)  # paths
+AUTO, GEMV, GEMM, WGMMA, DEQUANTIZE = range(5)  # paths
 OVERLAP = 0  # 1 lets a product begin before its predecessor has ended; to be tried on a device first
 ARENA = 1 << 20  # tickets for products in CUDA graphs
 

@@ -14,7 +14,7 @@ from llmquant.scheme import Quantized, Scheme
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
-AUTO, GEMV, GEMM, DEQUANTIZE = range(4)
+AUTO, GEMV, GEMM, WGMMA, DEQUANTIZE = range(5)
 
 
 class Weight(ctypes.Structure):

@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
-from emulated_cuda import GEMM, GEMV, Emulator, random_weight
+from emulated_cuda import GEMM, GEMV, WGMMA, Emulator, random_weight
 from torch import Tensor
 
 from llmquant.scheme import Quantized, Scheme, dequantize
 
 SCHEMES = [Scheme(4, g, sym) for g in (32, 64, 128, -1) for sym in (True, False)]
 DTYPES = [torch.bfloat16, torch.float16]
-PATHS = {"gemv": GEMV, "gemm": GEMM}
+PATHS = {"gemv": GEMV, "gemm": GEMM, "wgmma": WGMMA}
 # One product in bf16 or fp16 of weights in that dtype is off by half a unit in the last place of y, and of each weight
 # in gemm: relative to the size of what is summed.
 ERRORS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -38,6 +38,7 @@ def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("path", "tokens"), [("gemv", 1), ("gemv", 5), ("gemv", 8), ("gemm", 9), ("gemm", 20), ("gemm", 33), ("gemm", 65)]
+    + [("wgmma", tokens) for tokens in (3, 9, 20, 33, 65, 130)],
 )
 def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: torch.dtype, scheme: Scheme) -> None:
     """Scales of one, and activations that are small integers: every sum is exact in fp32, so bits have to agree."""
@@ -52,6 +53,7 @@ def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: t
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(
     ("path", "tokens"), [("gemv", 1), ("gemv", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
+    + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)],
 )
 def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) -> None:
     for (m, n), dtype in zip(
@@ -65,7 +67,9 @@ def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) 
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
-@pytest.mark.parametrize(("path", "tokens"), [("gemv", 2), ("gemm", 16), ("gemm", 32), ("gemm", 64), ("gemm", 140)])
+@pytest.mark.parametrize(("path", "tokens"), [("gemv", 2), ("gemm", 16), ("gemm", 32), ("gemm", 64), ("gemm", 140)]
+    + [("wgmma", tokens) for tokens in (2, 16, 32, 64, 140)],
+)
 def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int, late: bool) -> None:
     scheme = Scheme(4, 32, symmetric=False)
     for (m, n), processors in {(256, 640): 1, (256, 256): 7, (640, 128): 1}.items():
