@@ -9,9 +9,6 @@ namespace llmquant::cuda {
 struct alignas(16) Words {
     uint32_t word[4];
 };
-struct alignas(8) Pair {
-    uint32_t word[2];
-};
 struct alignas(16) Floats {
     float value[4];
 };
@@ -66,7 +63,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
-__device__ __forceinline__ void fence() { __threadfence(); }
+// Between this thread's accesses to memory, and those that barriers have put before or after them, of the whole device.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // From `lane` of each `width` lanes.
 __device__ __forceinline__ float shuffle(float value, int lane, int width) {
@@ -302,15 +300,18 @@ __device__ __forceinline__ void await_groups() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// c += A B for 64 rows, 16 of each warp, TOKENS tokens and 16 columns. Lanes hold A and C as for mma.m16n8k16.
+// c = A B for 64 rows, 16 of each warp, TOKENS tokens and 16 columns, or c += A B if it `adds`. Lanes hold A and C as
+// for mma.m16n8k16.
 template <class T, int TOKENS>
-__device__ __forceinline__ void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b);
+__device__ __forceinline__ void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b,
+                                                   bool adds);
 
 #define LLMQUANT_C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define LLMQUANT_C8(i) LLMQUANT_C4(i), LLMQUANT_C4(i + 4)
 #define LLMQUANT_C16(i) LLMQUANT_C8(i), LLMQUANT_C8(i + 8)
 #define LLMQUANT_C32(i) LLMQUANT_C16(i), LLMQUANT_C16(i + 16)
 #define LLMQUANT_C64(i) LLMQUANT_C32(i), LLMQUANT_C32(i + 32)
+#define LLMQUANT_C128(i) LLMQUANT_C64(i), LLMQUANT_C64(i + 64)
 #define LLMQUANT_N4 "%0, %1, %2, %3"
 #define LLMQUANT_N8 \
     LLMQUANT_N4 ", %4, %5, %6, %7"
@@ -321,10 +322,16 @@ __device__ __forceinline__ void multiply_add_group(float (&c)[TOKENS / 2], const
 #define LLMQUANT_N64 \
     LLMQUANT_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LLMQUANT_N128 \
+    LLMQUANT_N64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // N tokens have C = N / 2 registers; those of A, B and a predicate follow them.
 #define LLMQUANT_MULTIPLY_ADD(T, KIND, N, C, A0, A1, A2, A3, B, ON)                                                  \
     template <>                                                                                                      \
-    __device__ __forceinline__ void multiply_add_group<T, N>(float (&c)[C], const uint32_t (&a)[4], uint64_t b) {    \
+    __device__ __forceinline__ void multiply_add_group<T, N>(float (&c)[C], const uint32_t (&a)[4], uint64_t b,      \
+                                                             bool adds) {                                            \
         asm volatile(                                                                                                \
             "{\n"                                                                                                    \
             ".reg .pred adds;\n"                                                                                     \
@@ -333,7 +340,7 @@ __device__ __forceinline__ void multiply_add_group(float (&c)[TOKENS / 2], const
             ", " A2 ", " A3 "}, " B ", adds, 1, 1, 0;\n"                                                             \
             "}"                                                                                                      \
             : LLMQUANT_C##C(0)                                                                                       \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));                                           \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));                                   \
     }
 #define LLMQUANT_MULTIPLY_ADD_BOTH(...)                 \
     LLMQUANT_MULTIPLY_ADD(Fp16, "f16", __VA_ARGS__)     \
@@ -343,6 +350,7 @@ LLMQUANT_MULTIPLY_ADD_BOTH(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
 LLMQUANT_MULTIPLY_ADD_BOTH(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 LLMQUANT_MULTIPLY_ADD_BOTH(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 LLMQUANT_MULTIPLY_ADD_BOTH(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+LLMQUANT_MULTIPLY_ADD_BOTH(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 
 // How many registers each thread of this warpgroup has from here on.
 template <int COUNT>

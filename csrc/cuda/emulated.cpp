@@ -14,21 +14,28 @@ int64_t llmquant_emulated_conflicts() { return std::exchange(llmquant::cuda::emu
 
 int64_t llmquant_emulated_schedule(int64_t tiles, int64_t chunks, int64_t blocks, int32_t* done) {
     using namespace llmquant::cuda;
-    const Schedule schedule = schedule_of(tiles, chunks, blocks);
+    const Schedule schedule = schedule_of(tiles, chunks, blocks, chunks % 7);
+    if (schedule.blocks > blocks) return 5;
     std::vector<int> shared(static_cast<std::size_t>(SLOTS * schedule.blocks), 0);
-    for (int block = 0; block < schedule.blocks; ++block)
-        for (int unit = first_unit(schedule, block); has_unit(schedule, block, unit);) {
+    for (int block = 0; block < schedule.blocks; ++block) {
+        if (units_of(schedule, block) == 0) return 5;
+        for (int unit = 0; unit < units_of(schedule, block);) {
             const Segment segment = segment_at(schedule, block, unit);
             for (int chunk = segment.begin; chunk < segment.end; ++chunk) {
-                if (block_of(schedule, segment.tile * schedule.chunks + chunk) != block) return 1;
+                const Segment here = segment_at(schedule, block, unit++);
+                if (here.tile != segment.tile || here.begin != chunk || here.end != segment.end) return 1;
                 ++done[segment.tile * schedule.chunks + chunk];
+            }
+            if (segment.tile < schedule.whole) {
+                if (!is_whole(schedule, segment)) return 2;
+                continue;
             }
             const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
             if (block < first || block > last || is_whole(schedule, segment) != (first == last)) return 2;
             // Who adds up the tile looks for these sums where this block leaves them.
             if (slot_of(block, segment.begin == 0) != slot_of(block, block == first)) return 3;
             if (first != last && shared[static_cast<std::size_t>(slot_of(block, segment.begin == 0))]++) return 4;
-            unit = unit_after(schedule, segment);
         }
+    }
     return 0;
 }

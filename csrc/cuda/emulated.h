@@ -428,12 +428,13 @@ void await_groups() {}
 
 // PTX ISA, "Register fragments for wgmma.m64nNk16": a warp's 16 rows of A and of D.
 template <class T, int TOKENS>
-void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b) {
+void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b, bool adds) {
     struct Operands {
         float* c;
         const uint32_t* a;
         uint64_t b;
-    } own = {c, a, b};
+        bool adds;
+    } own = {c, a, b, adds};
     emulated::meet_warp(own, [](Operands** all) {
         double A[16][16], B[16][TOKENS];
         for (int lane = 0; lane < LANES; ++lane)
@@ -452,7 +453,7 @@ void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t
         for (int lane = 0; lane < LANES; ++lane)
             for (int i = 0; i < TOKENS / 2; ++i) {
                 const int row = (lane >> 2) + 8 * (i >> 1 & 1), column = 8 * (i >> 2) + lane % 4 * 2 + (i & 1);
-                double sum = all[lane]->c[i];
+                double sum = all[lane]->adds ? all[lane]->c[i] : 0;
                 for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
                 all[lane]->c[i] = static_cast<float>(sum);
             }
@@ -554,6 +555,6 @@ LLMQUANT_CUDA_EXPORT void llmquant_emulate(int64_t processors, int64_t capabilit
 // The most rows of one 8 x 8 matrix that ldmatrix has found in the same banks since the last call; 1 is no conflict.
 LLMQUANT_CUDA_EXPORT int64_t llmquant_emulated_conflicts();
 // Walks through a schedule as kernels do, and counts in `done` how often each of the tiles * chunks units is met. 0, or
-// what is wrong: 1 a unit belongs to another block, 2 a tile to others, 3 sums are looked for in another slot, 4 a slot
-// is written twice.
+// what is wrong: 1 units do not follow each other, 2 a tile belongs to other blocks, 3 sums are looked for in another
+// slot, 4 a slot is written twice, 5 there are too many blocks, or one with nothing to do.
 LLMQUANT_CUDA_EXPORT int64_t llmquant_emulated_schedule(int64_t tiles, int64_t chunks, int64_t blocks, int32_t* done);

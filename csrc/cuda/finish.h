@@ -11,18 +11,16 @@ namespace llmquant::cuda {
 template <class Sync>
 __device__ __forceinline__ bool is_last(const Product& product, int tile, int* word, Sync sync) {
     const Schedule& schedule = product.schedule;
-    fence();  // what this thread has written, before the ticket
     sync();
     if (thread_index() == 0) {
         const int others = last_block(schedule, tile) - first_block(schedule, tile);
+        fence();  // what all threads have written, before the ticket
         *word = draw_ticket(product.tickets + tile, static_cast<uint32_t>(others));
+        fence();  // the ticket, before what the others have written
     }
     sync();
-    const bool last = *word != 0;
-    if (last) fence();  // the ticket, before what the others have written
-    return last;
+    return *word != 0;
 }
-
 __device__ __forceinline__ bool is_last(const Product& product, int tile, int* word) {
     return is_last(product, tile, word, [] { sync_block(); });
 }

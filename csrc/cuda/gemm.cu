@@ -14,6 +14,7 @@ constexpr int WARPS = 8, THREADS = WARPS * LANES;
 constexpr int ROW_WARPS = 2, ROWS = ROW_WARPS * TILE;
 constexpr int STAGES = 4;
 constexpr int WARP_STEPS = 2;  // of a chunk, to a warp
+constexpr int RESTART = 4;     // what a second tile costs a block, in chunks
 
 static_assert(ROWS == PAD_ROWS, "tiles are whole");
 
@@ -310,8 +311,8 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) multiply_tiles(Product 
     let_next_begin();
     Shared<Tile>& shared = *reinterpret_cast<Shared<Tile>*>(shared_memory());
     const int token_tiles = (product.tokens + Tile::TOKENS - 1) / Tile::TOKENS;
-    for (int unit = first_unit(product.schedule, block_index()); has_unit(product.schedule, block_index(), unit);) {
-        const Segment segment = segment_at(product.schedule, block_index(), unit);
+    for (int done = 0; done < units_of(product.schedule, block_index());) {
+        const Segment segment = segment_at(product.schedule, block_index(), done);
         const int row_tile = segment.tile / token_tiles, token_tile = segment.tile - row_tile * token_tiles;
         const Source<Tile, ZEROS> source = {product, row_tile, token_tile};
         Sums<Tile> sums = {};
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) multiply_tiles(Product 
         if (is_whole(product.schedule, segment) || add_blocks<Tile>(product, segment, shared, sums))
             write<T, Tile>(product, row_tile, token_tile, shared, sums);
         sync_block();  // the results become room for stages
-        unit = unit_after(product.schedule, segment);
+        done += segment.end - segment.begin;
     }
 }
 
@@ -339,7 +340,7 @@ Schedule schedule(const Layout& layout, int64_t tokens, const Device& device) {
         using Tile = decltype(tiling);
         const int64_t token_tiles = (tokens + Tile::TOKENS - 1) / Tile::TOKENS;
         const int64_t tiles = layout.tiles / ROW_WARPS * token_tiles, chunks = layout.steps / Tile::STEPS;
-        return schedule_of(tiles, chunks, min(int64_t{Tile::BLOCKS} * device.processors, (tiles * chunks + 1) / 2));
+        return schedule_of(tiles, chunks, min(int64_t{Tile::BLOCKS} * device.processors, (tiles * chunks + 1) / 2), RESTART);
     });
 }
 

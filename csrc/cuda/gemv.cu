@@ -18,6 +18,7 @@ constexpr int STEPS = 4;  // of a unit
 constexpr int COLUMNS = STEPS * STEP;
 constexpr int GRANULES = COLUMNS / GRANULE;
 constexpr int RING = 3;           // units
+constexpr int RESTART = 24;       // what a second tile costs a block, in units
 constexpr int STRIDE = TILE + 4;  // of a token's sums in shared memory: so that a warp writes to different banks
 
 static_assert(ROWS == PAD_ROWS && PAD_COLUMNS % COLUMNS == 0, "tiles and units are whole");
@@ -195,8 +196,8 @@ template <class T, bool ZEROS>
 __global__ void __launch_bounds__(THREADS, 2) stream(Product product) {
     let_next_begin();
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-    for (int unit = first_unit(product.schedule, block_index()); has_unit(product.schedule, block_index(), unit);) {
-        const Segment segment = segment_at(product.schedule, block_index(), unit);
+    for (int done = 0; done < units_of(product.schedule, block_index());) {
+        const Segment segment = segment_at(product.schedule, block_index(), done);
         const int thread = thread_index(), warp = thread / LANES, lane = thread % LANES;
         const int count = segment.end - segment.begin, part = warp % COLUMN_WARPS;
         Walk<T, ZEROS> walk = {product,
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(THREADS, 2) stream(Product product) {
                 shared.own[warp].sums[sum_token(lane, r) * STRIDE + 16 * j + sum_row(lane, r)] = walk.sums[j][r];
         finish<T>(product, segment, shared);
         sync_block();  // the sums become room for the ring
-        unit = unit_after(product.schedule, segment);
+        done += count;
     }
 }
 
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(THREADS, 2) stream(Product product) {
 Schedule schedule(const Layout& layout, int64_t, const Device& device) {
     const int64_t tiles = layout.tiles / ROW_WARPS, chunks = layout.steps / STEPS;
     const int64_t most = (tiles * chunks + COLUMN_WARPS - 1) / COLUMN_WARPS;
-    return schedule_of(tiles, chunks, min(int64_t{2} * device.processors, most));
+    return schedule_of(tiles, chunks, min(int64_t{2} * device.processors, most), RESTART);
 }
 
 int64_t tile_bytes(int64_t) { return TOKENS * ROWS * int64_t{sizeof(float)}; }

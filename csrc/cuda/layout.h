@@ -101,6 +101,13 @@ struct Fp16 {
     LLMQUANT_BOTH static constexpr uint32_t offset(const Offsets& offsets, int r) {
         return r / 2 ? offsets.high : offsets.low;
     }
+    // Of register r without arithmetic: ORIGIN + code. In bits 4..7 of 64 a code is worth itself.
+    static constexpr int ORIGIN = 64;
+    template <class Merge>
+    LLMQUANT_BOTH static uint32_t raw(uint32_t word, int r, Merge merge) {
+        const int left = 4 - (8 * (r % 2) + 4 * (r / 2));
+        return merge(left > 0 ? word << left : word >> -left, 0x00f000f0u, 0x54005400u);
+    }
 };
 
 struct Bf16 {
@@ -114,6 +121,11 @@ struct Bf16 {
     LLMQUANT_BOTH static constexpr uint32_t mask(int) { return 0x000f000f; }
     LLMQUANT_BOTH static constexpr uint32_t factor(int) { return ONE; }
     LLMQUANT_BOTH static constexpr uint32_t offset(const Offsets& offsets, int) { return offsets.low; }
+    static constexpr int ORIGIN = 128;
+    template <class Merge>
+    LLMQUANT_BOTH static uint32_t raw(uint32_t word, int r, Merge merge) {
+        return merge(word >> shift(r), mask(r), BASE);
+    }
 };
 
 }  // namespace llmquant::cuda

@@ -1,10 +1,12 @@
 // How the work of one product is shared: in equal runs, whatever the shape.
 //
-// A unit is one chunk of columns of one tile of the output. Units stand tile after tile, and each block takes a run of
-// them, so a run may end one tile and begin the next ("stream-K", Osama et al., arXiv 2301.03598). A tile that one
-// block computes alone is written at once. Otherwise each of its blocks leaves its sums in a slot of its own and draws
-// a ticket; who draws the last one adds up all slots, in the order of the blocks. So nobody ever waits for another,
-// results do not depend on who is last, and the tickets are back at zero.
+// A unit is one chunk of columns of one tile of the output. As long as there is a tile for every block, or nearly, each
+// computes whole ones: at any time those that stand beside each other, which read the same weights or the same
+// activations. The units of the tiles that are left stand in a row, and each block takes a run of them, so a run may
+// end one tile and begin the next ("stream-K", Osama et al., arXiv 2301.03598). Of a tile that several blocks share,
+// each leaves its sums in a slot of its own and draws a ticket; who draws the last one adds up all slots, in the order
+// of the blocks. So nobody ever waits for another, results do not depend on who is last, and the tickets are back at
+// zero.
 #pragma once
 
 #include "layout.h"
@@ -15,31 +17,50 @@ constexpr int64_t MOST_UNITS = int64_t{1} << 30;
 
 struct Schedule {
     int tiles, chunks;
-    int blocks;  // at most as many as there are units
-    int share;   // units of a block; one more for the first `extra` blocks
+    int blocks;  // each has something to do
+    int whole;   // tiles that are not shared, the first ones
+    int grain;   // of the others: units that are not parted, a divisor of chunks
+    int share;   // grains of a block; one more for the first `extra` blocks
     int extra;
 };
 
-// Of no blocks, if there are more units than can be counted in 32 bits.
-constexpr Schedule schedule_of(int64_t tiles, int64_t chunks, int64_t blocks) {
-    const int64_t units = tiles * chunks;
-    if (tiles > MOST_UNITS || units > MOST_UNITS) return {};
-    blocks = blocks < units ? blocks : units;
-    return {static_cast<int>(tiles), static_cast<int>(chunks), static_cast<int>(blocks),
-            static_cast<int>(units / blocks), static_cast<int>(units % blocks)};
+// For at most so many blocks at a time; of none, if there are more units than can be counted in 32 bits. `restart` is
+// what it costs a block to end one tile and begin the next, in chunks.
+constexpr Schedule schedule_of(int64_t tiles, int64_t chunks, int64_t blocks, int64_t restart) {
+    if (tiles > MOST_UNITS || tiles * chunks > MOST_UNITS) return {};
+    int64_t left = tiles % blocks, grain = 1;
+    if (left * 8 >= blocks * 7) left = 0;  // the last blocks may as well have nothing to do for one tile's time
+    const int64_t whole = tiles - left;
+    // Runs that end where tiles do leave some blocks idle, but no block has to begin a second tile.
+    int64_t parts = left ? blocks / left : 1;
+    while (chunks % parts) --parts;
+    if (chunks / parts <= left * chunks / blocks + restart) grain = chunks / parts;
+    const int64_t grains = left * chunks / grain;
+    if (!whole && grains < blocks) blocks = grains;
+    if (!left && whole < blocks) blocks = whole;
+    return {static_cast<int>(tiles),          static_cast<int>(chunks), static_cast<int>(blocks),
+            static_cast<int>(whole),          static_cast<int>(grain),  static_cast<int>(grains / blocks),
+            static_cast<int>(grains % blocks)};
 }
 
+// Of the shared tiles' units, where a block's run begins.
 LLMQUANT_BOTH constexpr int first_unit(const Schedule& schedule, int block) {
-    return block * schedule.share + (block < schedule.extra ? block : schedule.extra);
+    return schedule.grain * (block * schedule.share + (block < schedule.extra ? block : schedule.extra));
 }
 
 LLMQUANT_BOTH constexpr int block_of(const Schedule& schedule, int unit) {
-    const int larger = schedule.extra * (schedule.share + 1);  // units of the first blocks
-    return unit < larger ? unit / (schedule.share + 1) : schedule.extra + (unit - larger) / schedule.share;
+    const int grain = unit / schedule.grain;
+    const int larger = schedule.extra * (schedule.share + 1);  // grains of the first blocks
+    return grain < larger ? grain / (schedule.share + 1) : schedule.extra + (grain - larger) / schedule.share;
 }
 
-LLMQUANT_BOTH constexpr bool has_unit(const Schedule& schedule, int block, int unit) {
-    return unit < first_unit(schedule, block + 1);
+// Units of the tiles that a block computes alone.
+LLMQUANT_BOTH constexpr int units_alone(const Schedule& schedule, int block) {
+    return (schedule.whole - block + schedule.blocks - 1) / schedule.blocks * schedule.chunks;
+}
+
+LLMQUANT_BOTH constexpr int units_of(const Schedule& schedule, int block) {
+    return units_alone(schedule, block) + first_unit(schedule, block + 1) - first_unit(schedule, block);
 }
 
 // What a block does of one tile: chunks [begin, end).
@@ -47,14 +68,14 @@ struct Segment {
     int tile, begin, end;
 };
 
-LLMQUANT_BOTH constexpr Segment segment_at(const Schedule& schedule, int block, int unit) {
-    const int tile = unit / schedule.chunks, begin = unit - tile * schedule.chunks;
-    const int end = begin + first_unit(schedule, block + 1) - unit;
-    return {tile, begin, end < schedule.chunks ? end : schedule.chunks};
-}
-
-LLMQUANT_BOTH constexpr int unit_after(const Schedule& schedule, const Segment& segment) {
-    return segment.tile * schedule.chunks + segment.end;
+// What it does after so many of its units.
+LLMQUANT_BOTH constexpr Segment segment_at(const Schedule& schedule, int block, int done) {
+    const int alone = units_alone(schedule, block);
+    if (done < alone)
+        return {done / schedule.chunks * schedule.blocks + block, done % schedule.chunks, schedule.chunks};
+    const int unit = first_unit(schedule, block) + done - alone, tile = unit / schedule.chunks;
+    const int begin = unit - tile * schedule.chunks, end = begin + units_of(schedule, block) - done;
+    return {schedule.whole + tile, begin, end < schedule.chunks ? end : schedule.chunks};
 }
 
 LLMQUANT_BOTH constexpr bool is_whole(const Schedule& schedule, const Segment& segment) {
@@ -63,10 +84,10 @@ LLMQUANT_BOTH constexpr bool is_whole(const Schedule& schedule, const Segment& s
 
 // The blocks that share a tile.
 LLMQUANT_BOTH constexpr int first_block(const Schedule& schedule, int tile) {
-    return block_of(schedule, tile * schedule.chunks);
+    return block_of(schedule, (tile - schedule.whole) * schedule.chunks);
 }
 LLMQUANT_BOTH constexpr int last_block(const Schedule& schedule, int tile) {
-    return block_of(schedule, (tile + 1) * schedule.chunks - 1);
+    return block_of(schedule, (tile - schedule.whole + 1) * schedule.chunks - 1);
 }
 
 // A block shares at most two tiles: the one that its run begins within, and the one that it ends within.

@@ -1,42 +1,55 @@
 // Products on Hopper (sm_90a): weights go through registers to the tensor cores of a warpgroup, and activations there
 // from shared memory, where the copy engine puts both.
 //
-// A block computes a tile of 256 rows and 8 to 128 tokens, one chunk of 128 columns after the other. One warp does
-// nothing but ask for chunks, as many ahead as shared memory holds. The other eight are two warpgroups. Warp w of each
-// has tile w of 64 rows: an instruction multiplies 64 rows, 16 of each warp, and which 16 is free to choose, so word j
-// of the codes is matrix A of instruction j, as it lies in memory. The first warpgroup has words 0 and 1 of every lane,
-// the second 2 and 3.
+// A block computes a tile of 256 rows and 8 to 128 tokens, or of 128 rows and 256 tokens, one chunk of 128 columns after
+// the other. Four warps do nothing but ask for chunks, as many ahead as shared memory holds. The other eight are two
+// warpgroups. An instruction multiplies 64 rows, 16 of each warp, and which 16 is free to choose: here those of a word
+// of the codes, which is matrix A as it lies in memory. Warp w of each has tile w of 64 rows; the first warpgroup words
+// 0 and 1 of every lane, the second 2 and 3. (With 128 rows, tile w % 2 and word w / 2 of these two.)
 //
-// While the tensor cores multiply one step, a warp makes numbers of the codes of the next.
+// While the tensor cores multiply one step, a warp makes numbers of the codes of the next. That is most of the work
+// where tokens are few, so then it makes as little of them as it can: codes above a constant, which needs no
+// arithmetic. What is too much by that is taken from the sums of a group, as many times as the tokens' activations
+// add up to, and so is the scale: once for all columns, in fp32. Where tokens are many it is the other way round.
+
+#include <type_traits>
 
 #include "finish.h"
 
 namespace llmquant::cuda {
 namespace {
 
-constexpr int TILES = 4, ROWS = TILES * TILE;
 constexpr int GROUPS = 2;  // warpgroups
-constexpr int OWN = WORDS / GROUPS;
 constexpr int CONSUMERS = GROUPS * 4 * LANES, THREADS = CONSUMERS + 4 * LANES;
 constexpr int STEPS = 8, COLUMNS = STEPS * STEP;  // of a chunk
-constexpr int BOX = 64;                           // columns of activations that are copied at once: 128 bytes
+constexpr int BOX = 64, BOXES = COLUMNS / BOX;    // columns of activations that are copied at once: 128 bytes
 constexpr int GRIDS = COLUMNS / 32;               // groups of a chunk, at most
-constexpr int ROOM = 226 * 1024;                  // of a block
+constexpr int DEPTH = 4;                          // steps that are multiplied or wait for it
+constexpr int RESTART = 4;                        // what a second tile costs a block, in chunks
+constexpr int ROOM = 226 * 1024;                  // of a multiprocessor
 
 static_assert(PAD_COLUMNS % COLUMNS == 0, "chunks are whole");
-static_assert(GROUPS * OWN == WORDS && TILES == 4, "a warp of a warpgroup to a tile");
+
+// The weight's part of a block's tile, and the words of a lane that are a warp's own.
+template <int TOKENS>
+constexpr int TILES = TOKENS <= 128 ? 4 : 2;
+template <int TOKENS>
+constexpr int OWN = TILES<TOKENS> * WORDS / (GROUPS * 4);
 
 template <int TOKENS>
 struct alignas(1024) Stage {
-    Words x[COLUMNS / BOX][TOKENS * BOX / GRANULE];
-    Words codes[TILES][STEPS * LANES];
-    Words scales[TILES][GRIDS][8];
-    uint32_t zeros[TILES][GRIDS][8];
+    Words x[BOXES][TOKENS * BOX / GRANULE];
+    Words codes[TILES<TOKENS>][STEPS * LANES];
+    Words scales[TILES<TOKENS>][GRIDS][8];
+    uint32_t zeros[TILES<TOKENS>][GRIDS][8];
 };
 
-constexpr int stages_of(int bytes) { return ROOM / bytes < 8 ? ROOM / bytes : 8; }
 template <int TOKENS>
-constexpr int STAGES = stages_of(sizeof(Stage<TOKENS>));
+constexpr int BLOCKS = TOKENS <= 16 ? 2 : 1;  // that fit a multiprocessor
+
+constexpr int stages_of(int room, int bytes) { return room / bytes < 8 ? room / bytes : 8; }
+template <int TOKENS>
+constexpr int STAGES = stages_of(ROOM / BLOCKS<TOKENS>, sizeof(Stage<TOKENS>));
 
 template <int TOKENS>
 struct Shared {
@@ -64,165 +77,241 @@ struct Task {
     int token_tiles;
 };
 
-// ---- the warp that asks
+// ---- the warps that ask
 
+// Each asks for one tile of the weight, and two of them for half of the activations each: one warp would need longer to
+// ask for a chunk than it takes to come.
 template <int TOKENS, bool ZEROS>
 struct Source {
     const Task& task;
     Shared<TOKENS>& shared;
+    int warp, lane;
 
-    __device__ int row_tile(int tile) const { return tile / task.token_tiles; }
-    __device__ int tiles_of(int tile) const {
-        return min(TILES, task.product.weight.layout.tiles - row_tile(tile) * TILES);
-    }
-
-    // What belongs to the weight, and how many bytes are to come in all.
-    __device__ void ask_for_weight(int stage, int tile, int chunk) const {
+    // What belongs to this warp's tile of the weight, and how many bytes are to come for this warp.
+    __device__ __forceinline__ void ask_for_weight(int stage, int row_tile, int chunk) const {
         const Weight& weight = task.product.weight;
         const Layout& layout = weight.layout;
-        const int tiles = tiles_of(tile), first = chunk * STEPS >> layout.shift;
-        const int groups = max(1, STEPS >> layout.shift);
-        Stage<TOKENS>& to = shared.stages[stage];
-        Barrier* full = &shared.full[stage];
+        const int tile = row_tile * TILES<TOKENS> + warp, groups = max(1, STEPS >> layout.shift);
         constexpr int CODES = STEPS * LANES * int{sizeof(Words)};
         const int scales = groups * TILE * 2, zeros = ZEROS ? groups * TILE / 2 : 0;
-        expect_bytes(full, int{sizeof(to.x)} + tiles * (CODES + scales + zeros));
+        const bool there = warp < TILES<TOKENS> && tile < layout.tiles;
+        Stage<TOKENS>& to = shared.stages[stage];
+        Barrier* full = &shared.full[stage];
+        expect_bytes(full, (warp < BOXES ? int{sizeof(to.x[0])} : 0) + (there ? CODES + scales + zeros : 0));
+        if (!there) return;
         const uint64_t policy = task.token_tiles == 1 ? evict_first() : evict_normal();
-#pragma unroll 1
-        for (int i = 0; i < tiles; ++i) {
-            const int of_weight = row_tile(tile) * TILES + i;
-            const int64_t grid = grid_at(layout.groups, of_weight, first) / 8;
-            copy_bulk(to.codes[i], weight.codes + words_at(layout.steps, of_weight, chunk * STEPS, 0), CODES, full,
-                      policy);
-            copy_bulk(to.scales[i], weight.scales + grid, scales, full, policy);
-            if (ZEROS) copy_bulk(to.zeros[i], weight.zeros + grid, zeros, full, policy);
-        }
+        const int64_t grid = grid_at(layout.groups, tile, chunk * STEPS >> layout.shift) / 8;
+        copy_bulk(to.codes[warp], weight.codes + words_at(layout.steps, tile, chunk * STEPS, 0), CODES, full, policy);
+        copy_bulk(to.scales[warp], weight.scales + grid, scales, full, policy);
+        if (ZEROS) copy_bulk(to.zeros[warp], weight.zeros + grid, zeros, full, policy);
     }
 
-    __device__ void ask_for_x(int stage, int tile, int chunk) const {
-        const int token = tile % task.token_tiles * TOKENS;
-        for (int i = 0; i < COLUMNS / BOX; ++i)
-            copy_box(shared.stages[stage].x[i], task.x, chunk * COLUMNS + i * BOX, token, &shared.full[stage]);
+    __device__ __forceinline__ void ask_for_x(int stage, int token_tile, int chunk) const {
+        if (warp < BOXES)
+            copy_box(shared.stages[stage].x[warp], task.x, chunk * COLUMNS + warp * BOX, token_tile * TOKENS,
+                     &shared.full[stage]);
     }
 
-    // By one thread: every chunk of this block, in order.
+    // Every chunk of this block, in order.
     __device__ void run() const {
         const Schedule& schedule = task.product.schedule;
-        const int begin = first_unit(schedule, block_index()), end = first_unit(schedule, block_index() + 1);
-        const int ahead = min(begin + STAGES<TOKENS>, end);
-        const auto tile = [&](int unit) { return unit / schedule.chunks; };
-        const auto chunk = [&](int unit) { return unit % schedule.chunks; };
+        const int units = units_of(schedule, block_index()), ahead = min(STAGES<TOKENS>, units);
 #pragma unroll 1
-        for (int unit = begin; unit < ahead; ++unit) ask_for_weight(unit - begin, tile(unit), chunk(unit));
+        for (int unit = 0; unit < ahead; ++unit) {
+            const Segment segment = segment_at(schedule, block_index(), unit);
+            if (lane == 0) ask_for_weight(unit, segment.tile / task.token_tiles, segment.begin);
+        }
         if (task.product.overlap) await_previous();  // x may come from it; the weight does not
-#pragma unroll 1
-        for (int unit = begin; unit < ahead; ++unit) ask_for_x(unit - begin, tile(unit), chunk(unit));
         Place<TOKENS> place;
 #pragma unroll 1
-        for (int unit = ahead; unit < end; ++unit) {
-            await_phase(&shared.empty[place.stage], place.parity);
-            ask_for_weight(place.stage, tile(unit), chunk(unit));
-            ask_for_x(place.stage, tile(unit), chunk(unit));
-            place.advance();
+        for (int done = 0; done < units;) {
+            const Segment segment = segment_at(schedule, block_index(), done);
+            const int row_tile = segment.tile / task.token_tiles, token_tile = segment.tile % task.token_tiles;
+#pragma unroll 1
+            for (int chunk = segment.begin; chunk < segment.end; ++chunk, ++done) {
+                if (done >= ahead) {
+                    await_phase(&shared.empty[place.stage], place.parity ^ 1);
+                    if (lane == 0) ask_for_weight(place.stage, row_tile, chunk);
+                }
+                if (lane == 0) ask_for_x(place.stage, token_tile, chunk);
+                place.advance();
+            }
         }
     }
 };
 
 // ---- the warps that multiply
 
-// What a warp needs beside codes, for the words that it has: of a group.
-struct Grid {
-    uint32_t scales[OWN][2];  // each twice
-    Offsets offsets[OWN][2];
-};
-
-template <class T>
-__device__ __forceinline__ uint32_t twice(uint32_t scales, int b) {
-    return b ? pick_bytes(scales, 0x3232) : pick_bytes(scales, 0x1010);
-}
-
-template <class T, bool ZEROS>
-__device__ __forceinline__ void load_grid(Grid& grid, const Words (&scales)[8], const uint32_t (&zeros)[8], int lane,
-                                          int group) {
-    const Pair pair = *reinterpret_cast<const Pair*>(&scales[lane / 4].word[group * OWN]);
-    const uint32_t own = ZEROS ? zeros[lane / 4] : MIDPOINTS;
-#pragma unroll
-    for (int j = 0; j < OWN; ++j)
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            grid.scales[j][b] = twice<T>(pair.word[j], b);
-            grid.offsets[j][b] = ZEROS ? offsets_of<T>(own >> 8 * OWN * group, j, b) : T::offsets(8);
-        }
-}
-
-// Matrix A of one word: weights, rounded once.
-template <class T>
-__device__ __forceinline__ void to_scaled(uint32_t word, const Grid& grid, int j, uint32_t (&a)[4]) {
-    constexpr uint32_t MINUS_ZERO = 0x80008000;  // what changes no product that it is added to
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const uint32_t whole = fma2<T>(merge(word >> T::shift(r), T::mask(r), T::BASE), T::factor(r),
-                                       T::offset(grid.offsets[j][r % 2], r));
-        a[r] = fma2<T>(whole, grid.scales[j][r % 2], MINUS_ZERO);
-    }
-}
-
 template <int TOKENS>
-using Sums = float[OWN][TOKENS / 2];
+using Sums = float[OWN<TOKENS>][TOKENS / 2];
 
 // Where a thread stands.
+template <int TOKENS>
 struct Part {
     int thread = thread_index();  // of those that multiply
     int lane = thread % LANES, warp = thread / LANES % 4, group = thread / LANES / 4;
+    int tile = warp % TILES<TOKENS>;
+    int word = (group * (4 / TILES<TOKENS>) + warp / TILES<TOKENS>) * OWN<TOKENS>;  // the first that is its own
 
-    // In a tile.
-    __device__ int row(int j, int r) const { return warp * TILE + 16 * (group * OWN + j) + sum_row(lane, r); }
+    // In the block's tile.
+    __device__ int row(int j, int r) const { return tile * TILE + 16 * (word + j) + sum_row(lane, r); }
 };
 
-template <class T, bool ZEROS, int TOKENS>
-__device__ __forceinline__ void multiply(Shared<TOKENS>& shared, int shift, int chunks, Place<TOKENS>& place,
-                                         Sums<TOKENS>& sums) {
-    const Part part;
-    int before = 0;  // the stage
-#pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        const Stage<TOKENS>& stage = shared.stages[place.stage];
-        await_phase(&shared.full[place.stage], place.parity);
-        const uint64_t x = matrix_of(stage.x);
-        Grid grid;
-        uint32_t a[2][OWN][4];
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            if (step % 2 == 0) {  // no group is shorter
-                const int group = step >> shift;
-                load_grid<T, ZEROS>(grid, stage.scales[part.warp][group], stage.zeros[part.warp][group], part.lane,
-                                    part.group);
-            }
-            const Pair codes = *reinterpret_cast<const Pair*>(
-                &stage.codes[part.warp][step * LANES + part.lane].word[part.group * OWN]);
-#pragma unroll
-            for (int j = 0; j < OWN; ++j) to_scaled<T>(codes.word[j], grid, j, a[step % 2][j]);
-            begin_group();
-#pragma unroll
-            for (int j = 0; j < OWN; ++j)
-                multiply_add_group<T, TOKENS>(sums[j], a[step % 2][j],
-                                              matrix_at(x, step * STEP / BOX * TOKENS * BOX * 2 + step * STEP % BOX * 2));
-            commit_group();
-            await_groups<1>();  // the step before is done: its numbers are no longer needed, nor the stage before
-            if (step == 0 && chunk > 0 && part.lane == 0) arrive(&shared.empty[before]);
-        }
-        before = place.stage;
-        place.advance();
-    }
-    await_groups<0>();
-    if (part.lane == 0) arrive(&shared.empty[before]);
+// A warp's own of four words.
+template <int COUNT>
+struct alignas(4 * COUNT) Few {
+    uint32_t word[COUNT];
+};
+template <int TOKENS>
+__device__ __forceinline__ Few<OWN<TOKENS>> own_of(const Words& words, const Part<TOKENS>& part) {
+    return *reinterpret_cast<const Few<OWN<TOKENS>>*>(&words.word[part.word]);
 }
+
+// Of a group of columns: two scales to a word, and zeros in the low bits.
+template <int TOKENS>
+__device__ __forceinline__ Few<OWN<TOKENS>> scales_of(const Stage<TOKENS>& stage, const Part<TOKENS>& part,
+                                                      int group) {
+    return own_of(stage.scales[part.tile][group][part.lane / 4], part);
+}
+template <bool ZEROS, int TOKENS>
+__device__ __forceinline__ uint32_t zeros_of(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group) {
+    return ZEROS ? stage.zeros[part.tile][group][part.lane / 4] >> 8 * part.word : MIDPOINTS;
+}
+template <int TOKENS>
+__device__ __forceinline__ Few<OWN<TOKENS>> codes_of(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int step) {
+    return own_of(stage.codes[part.tile][step * LANES + part.lane], part);
+}
+
+// Matrix B of a step, from that of the stage.
+template <int TOKENS>
+__device__ __forceinline__ uint64_t x_of(uint64_t stage, int step) {
+    return matrix_at(stage, step * STEP / BOX * TOKENS * BOX * 2 + step * STEP % BOX * 2);
+}
+
+// Numbers with scales and zeros, rounded once: tokens are many.
+template <class T, bool ZEROS, int TOKENS>
+struct Scaled {
+    struct Grid {
+        uint32_t scales[OWN<TOKENS>][2];  // each twice
+        Offsets offsets[OWN<TOKENS>][2];
+    } grid;
+
+    __device__ __forceinline__ void load(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group) {
+        const auto scales = scales_of(stage, part, group);
+        const uint32_t zeros = zeros_of<ZEROS>(stage, part, group);
+#pragma unroll
+        for (int j = 0; j < OWN<TOKENS>; ++j)
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                grid.scales[j][b] = pick_bytes(scales.word[j], b ? 0x3232 : 0x1010);
+                grid.offsets[j][b] = ZEROS ? offsets_of<T>(zeros, j, b) : T::offsets(8);
+            }
+    }
+
+    __device__ __forceinline__ void to_numbers(uint32_t word, int j, uint32_t (&a)[4]) const {
+        constexpr uint32_t MINUS_ZERO = 0x80008000;  // what changes no product that it is added to
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const uint32_t whole = fma2<T>(merge(word >> T::shift(r), T::mask(r), T::BASE), T::factor(r),
+                                           T::offset(grid.offsets[j][r % 2], r));
+            a[r] = fma2<T>(whole, grid.scales[j][r % 2], MINUS_ZERO);
+        }
+    }
+
+    __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int shift, int chunks,
+                                             Place<TOKENS>& place, Sums<TOKENS>& sums) {
+        int before = 0;  // the stage
+#pragma unroll 1
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const Stage<TOKENS>& stage = shared.stages[place.stage];
+            await_phase(&shared.full[place.stage], place.parity);
+            const uint64_t x = matrix_of(stage.x);
+            uint32_t a[DEPTH][OWN<TOKENS>][4];
+            auto codes = codes_of(stage, part, 0);
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                if (step % 2 == 0) load(stage, part, step >> shift);  // no group is shorter
+                const auto next = step + 1 < STEPS ? codes_of(stage, part, step + 1) : codes;
+#pragma unroll
+                for (int j = 0; j < OWN<TOKENS>; ++j) to_numbers(codes.word[j], j, a[step % DEPTH][j]);
+                codes = next;
+                begin_group();
+#pragma unroll
+                for (int j = 0; j < OWN<TOKENS>; ++j)
+                    multiply_add_group<T, TOKENS>(sums[j], a[step % DEPTH][j], x_of<TOKENS>(x, step), true);
+                commit_group();
+                await_groups<DEPTH - 1>();  // whose numbers make room for the next
+                if (step == DEPTH - 2 && chunk > 0 && part.lane == 0) arrive(&shared.empty[before]);
+            }
+            before = place.stage;
+            place.advance();
+        }
+        await_groups<0>();
+        if (part.lane == 0) arrive(&shared.empty[before]);
+    }
+};
+
+// Codes above a constant, and all else on the sums of a group: tokens are few.
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
+struct Raw {
+    float fresh[OWN<TOKENS>][TOKENS / 2], x_sums[TOKENS / 2];
+
+    __device__ __forceinline__ void add(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group, Sums<TOKENS>& sums) {
+        const auto scales = scales_of(stage, part, group);
+        const uint32_t zeros = zeros_of<ZEROS>(stage, part, group);
+#pragma unroll
+        for (int j = 0; j < OWN<TOKENS>; ++j)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; ++i) {
+                const int b = i / 2 % 2;
+                const float excess = T::ORIGIN + static_cast<float>(zeros >> 4 * (2 * j + b) & 15);
+                sums[j][i] += to_float<T>(scales.word[j] >> 16 * b) * (fresh[j][i] - excess * x_sums[i]);
+            }
+    }
+
+    __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int, int chunks,
+                                             Place<TOKENS>& place, Sums<TOKENS>& sums) {
+        const uint32_t ones[4] = {T::ONE, T::ONE, T::ONE, T::ONE};
+#pragma unroll 1
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const Stage<TOKENS>& stage = shared.stages[place.stage];
+            await_phase(&shared.full[place.stage], place.parity);
+            const uint64_t x = matrix_of(stage.x);
+            uint32_t a[DEPTH][OWN<TOKENS>][4];
+            auto codes = codes_of(stage, part, 0);
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                const auto next = step + 1 < STEPS ? codes_of(stage, part, step + 1) : codes;
+#pragma unroll
+                for (int j = 0; j < OWN<TOKENS>; ++j)
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) a[step % DEPTH][j][r] = T::raw(codes.word[j], r, merge);
+                codes = next;
+                const bool adds = step % GROUP_STEPS != 0;
+                begin_group();
+#pragma unroll
+                for (int j = 0; j < OWN<TOKENS>; ++j)
+                    multiply_add_group<T, TOKENS>(fresh[j], a[step % DEPTH][j], x_of<TOKENS>(x, step), adds);
+                multiply_add_group<T, TOKENS>(x_sums, ones, x_of<TOKENS>(x, step), adds);
+                commit_group();
+                if ((step + 1) % GROUP_STEPS == 0) {
+                    await_groups<0>();
+                    add(stage, part, step / GROUP_STEPS, sums);
+                } else {
+                    await_groups<DEPTH - 1>();
+                }
+            }
+            if (part.lane == 0) arrive(&shared.empty[place.stage]);
+            place.advance();
+        }
+    }
+};
 
 // Leaves this block's sums in the workspace; the last block of the tile finds in `sums` those of all, and true.
 template <int TOKENS>
 __device__ __forceinline__ bool add_blocks(const Product& product, const Segment& segment, Shared<TOKENS>& shared,
                                            Sums<TOKENS>& sums) {
-    constexpr int FOURS = OWN * TOKENS / 8;
+    constexpr int FOURS = OWN<TOKENS> * TOKENS / 8;
     const Schedule& schedule = product.schedule;
     const auto slot = [&](int block, bool begins_tile) {
         return product.partials + (int64_t{slot_of(block, begins_tile)} * FOURS * CONSUMERS + thread_index());
@@ -253,10 +342,10 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
 // Sums of a lane are of one row and two tokens; transposed, of one token and two rows.
 template <class T, int TOKENS>
 __device__ __forceinline__ void write(const Product& product, int row_tile, int token_tile, const Sums<TOKENS>& sums) {
-    const Part part;
-    const int rows = product.weight.layout.rows, first_row = row_tile * ROWS;
+    const Part<TOKENS> part;
+    const int rows = product.weight.layout.rows, first_row = row_tile * TILES<TOKENS> * TILE;
 #pragma unroll
-    for (int j = 0; j < OWN; ++j)
+    for (int j = 0; j < OWN<TOKENS>; ++j)
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
             const int of_sums = first_row + part.row(j, 2 * b);
@@ -279,43 +368,55 @@ __device__ __forceinline__ void write(const Product& product, int row_tile, int 
         }
 }
 
-template <class T, bool ZEROS, int TOKENS>
+template <class T, int TOKENS, class Multiplier>
 __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared) {
     const Product& product = task.product;
     Place<TOKENS> place;
-    for (int unit = first_unit(product.schedule, block_index()); has_unit(product.schedule, block_index(), unit);) {
-        const Segment segment = segment_at(product.schedule, block_index(), unit);
+    for (int done = 0; done < units_of(product.schedule, block_index());) {
+        const Segment segment = segment_at(product.schedule, block_index(), done);
         Sums<TOKENS> sums = {};
-        multiply<T, ZEROS, TOKENS>(shared, product.weight.layout.shift, segment.end - segment.begin, place, sums);
+        Multiplier().multiply(shared, Part<TOKENS>(), product.weight.layout.shift, segment.end - segment.begin, place, sums);
         if (is_whole(product.schedule, segment) || add_blocks<TOKENS>(product, segment, shared, sums))
             write<T, TOKENS>(product, segment.tile / task.token_tiles, segment.tile % task.token_tiles, sums);
-        unit = unit_after(product.schedule, segment);
+        done += segment.end - segment.begin;
     }
 }
 
-template <class T, bool ZEROS, int TOKENS>
-__global__ void __launch_bounds__(THREADS, 1) multiply_groups(const __grid_constant__ Task task) {
+// GROUP_STEPS: those of a chunk that share scales, if these are for sums; else 0.
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
+__global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
 #ifdef LLMQUANT_WGMMA
+    using Multiplier =
+        std::conditional_t<GROUP_STEPS != 0, Raw<T, ZEROS, TOKENS, GROUP_STEPS ? GROUP_STEPS : 1>, Scaled<T, ZEROS, TOKENS>>;
     let_next_begin();
     Shared<TOKENS>& shared = *reinterpret_cast<Shared<TOKENS>*>(shared_memory());
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES<TOKENS>; ++i) {
-            begin_barrier(&shared.full[i], 1);
+            begin_barrier(&shared.full[i], 4);
             begin_barrier(&shared.empty[i], CONSUMERS / LANES);
         }
         fence_barriers();
     }
     sync_block();
     if (thread_index() < CONSUMERS) {
-        take_registers<232>();
-        consume<T, ZEROS, TOKENS>(task, shared);
+        take_registers<BLOCKS<TOKENS> == 2 ? 104 : 232>();
+        consume<T, TOKENS, Multiplier>(task, shared);
     } else {
-        leave_registers<40>();
-        if (thread_index() == CONSUMERS) Source<TOKENS, ZEROS>{task, shared}.run();
+        leave_registers<BLOCKS<TOKENS> == 2 ? 24 : 40>();
+        Source<TOKENS, ZEROS>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
     }
 #else
     trap();  // compiled for another device than the only one that this runs on
 #endif
+}
+
+template <class T, bool ZEROS, int TOKENS>
+auto kernel_of(int shift) -> void (*)(Task) {
+    if constexpr (TOKENS <= 16) {
+        if (shift == 2 && TOKENS == 8) return multiply_groups<T, ZEROS, TOKENS, 4>;  // for more there are too few registers
+        if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS>;
+    }
+    return multiply_groups<T, ZEROS, TOKENS, 0>;
 }
 
 template <int COUNT_>
@@ -330,7 +431,8 @@ auto choose_tokens(int64_t tokens, With with) {
     if (tokens <= 16) return with(Tokens<16>());
     if (tokens <= 32) return with(Tokens<32>());
     if (tokens <= 64) return with(Tokens<64>());
-    return with(Tokens<128>());
+    if (tokens <= 1024 && rounded_up(tokens, 256) != rounded_up(tokens, 128)) return with(Tokens<128>());
+    return with(Tokens<256>());
 }
 
 int64_t tiles_of_tokens(int64_t tokens) {
@@ -338,12 +440,18 @@ int64_t tiles_of_tokens(int64_t tokens) {
 }
 
 Schedule schedule(const Layout& layout, int64_t tokens, const Device& device) {
-    const int64_t tiles = rounded_up(layout.tiles, TILES) / TILES * tiles_of_tokens(tokens);
-    return schedule_of(tiles, layout.steps / STEPS, device.processors);
+    return choose_tokens(tokens, [&](auto tile) {
+        constexpr int TOKENS = decltype(tile)::COUNT;
+        const int64_t tiles = rounded_up(layout.tiles, TILES<TOKENS>) / TILES<TOKENS> * tiles_of_tokens(tokens);
+        return schedule_of(tiles, layout.steps / STEPS, BLOCKS<TOKENS> * device.processors, RESTART);
+    });
 }
 
 int64_t tile_bytes(int64_t tokens) {
-    return choose_tokens(tokens, [](auto tile) { return int64_t{ROWS} * tile.COUNT * int64_t{sizeof(float)}; });
+    return choose_tokens(tokens, [](auto tile) {
+        constexpr int TOKENS = decltype(tile)::COUNT;
+        return int64_t{TILES<TOKENS> * TILE} * TOKENS * int64_t{sizeof(float)};
+    });
 }
 
 int64_t start(const Product& product, int64_t kind, void* stream) {
@@ -353,10 +461,11 @@ int64_t start(const Product& product, int64_t kind, void* stream) {
         Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens))};
         const Boxes boxes = {product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, TOKENS, fp16};
         if (const int64_t error = map_boxes(boxes, &task.x)) return error;
+        const int shift = product.weight.layout.shift;
         void (*const kernel)(Task) = product.weight.zeros
-                                         ? fp16 ? multiply_groups<Fp16, true, TOKENS> : multiply_groups<Bf16, true, TOKENS>
-                                     : fp16 ? multiply_groups<Fp16, false, TOKENS>
-                                            : multiply_groups<Bf16, false, TOKENS>;
+                                         ? fp16 ? kernel_of<Fp16, true, TOKENS>(shift) : kernel_of<Bf16, true, TOKENS>(shift)
+                                     : fp16 ? kernel_of<Fp16, false, TOKENS>(shift)
+                                            : kernel_of<Bf16, false, TOKENS>(shift);
         const int bytes = static_cast<int>(sizeof(Shared<TOKENS>));
         return launch(kernel, {product.schedule.blocks, THREADS, bytes, product.overlap, stream}, task);
     });

@@ -23,7 +23,7 @@ TILE = 64  # rows; slabs begin at a multiple
 ALIGNED = 8  # numbers: the stride of x in 16 bytes
 HALVES = KINDS[:2]  # what the kernels multiply, and scales are held in
 AUTO, GEMV, GEMM, WGMMA, DEQUANTIZE = range(5)  # paths
-OVERLAP = 0  # 1 lets a product begin before its predecessor has ended; to be tried on a device first
+OVERLAP = 1  # a product begins, with its weights, before its predecessor has ended; 0: not
 ARENA = 1 << 20  # tickets for products in CUDA graphs
 
 
@@ -76,6 +76,7 @@ def pack(q: Quantized, scheme: Scheme) -> Packed:
         _arena(codes.device, 0)  # now, so that it is there before a graph is captured
         weight = _weight(packed, m, n, scheme)
         _library().call("pack", ctypes.byref(weight), *map(_pointer, parts), _library().stream(codes))
+        codes[:1].clone()  # what a product may overlap with has to come after the packing, and not be it
     return packed
 
 

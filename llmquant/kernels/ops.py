@@ -104,7 +104,8 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _check(x: Tensor, packed: Packed, bias: Tensor | None, m: int, scheme: Scheme, planes: int) -> None:
     """Native code trusts the sizes that it is given: this is where they are checked."""
-    sizes = kernels_for(x.device.type, scheme.bits).shapes(m, x.shape[-1], scheme)
+    n = int(x.shape[-1])  # a symbol where torch.compile traces; the layout of the weight depends on its value
+    sizes = kernels_for(x.device.type, scheme.bits).shapes(m, n, scheme)
     codes, scales, zeros = packed
     _expect("x", x.contiguous(), x.shape, KINDS, x.device)
     _expect("codes", codes, sizes[0], (torch.uint8,), x.device)

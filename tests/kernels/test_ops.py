@@ -1,5 +1,7 @@
 """The torch operator."""
 
+from functools import cache
+
 import pytest
 import torch
 from kernel_cases import SCHEMES, Weight, relative_error, weight
@@ -35,6 +37,13 @@ def test_torch_accepts_the_operator(dtype: torch.dtype, planes: int) -> None:
     for x in (torch.randn(3, 64, dtype=dtype), torch.randn(2, 1, 64, dtype=dtype)):
         for bias in (torch.randn(8), None):
             torch.library.opcheck(torch.ops.llmquant.w4_linear.default, (x, *operands(w, bias, planes)))
+
+
+def test_a_layout_is_asked_for_plain_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces with symbols for sizes; a cache, as the CUDA library's layout has, takes none."""
+    monkeypatch.setattr(ops, "kernels_for", lambda *_: PANELS._replace(shapes=cache(PANELS.shapes)))
+    w = weight(Scheme(4, 32, symmetric=False), 8, 64)
+    torch.library.opcheck(torch.ops.llmquant.w4_linear.default, (torch.randn(3, 64), *operands(w)))
 
 
 @pytest.mark.parametrize(
