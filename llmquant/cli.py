@@ -319,11 +319,13 @@ def generate(
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     precision: Annotated[Precision, typer.Option(help="Of activations on the CPU; int8 is faster.")] = Precision.exact,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Print tokens per second and the kernel in use.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, greedily, through the model's chat template if it has one."""
-    answer = run_generate(directory, prompt, max_new_tokens=max_new_tokens, precision=precision.value)
+    told = {"precision": precision.value, "device": resolve_device(device)}
+    answer = run_generate(directory, prompt, max_new_tokens=max_new_tokens, **told)
     if as_json:
         print_json(answer.to_dict())
         return

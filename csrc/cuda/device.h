@@ -98,6 +98,13 @@ __device__ __forceinline__ void load_once(Words& words, const Words* from, bool 
         : "l"(from), "l"(policy), "r"(static_cast<int>(wanted)));
 }
 
+// To L2, from sm_90 on; `bytes` are a multiple of 16.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // What another block wrote: from L2, as L1 may hold older values.
 __device__ __forceinline__ float load_fresh(const float* from) { return __ldcg(from); }
 __device__ __forceinline__ Floats load_fresh(const Floats* from) {

@@ -243,6 +243,12 @@ inline void load_once(Words& words, const Words* from, bool wanted, uint64_t) {
     emulated::expect_aligned(from);
     words = *from;
 }
+// Nothing to do, but all of it has to be there.
+inline void prefetch(const void* from, int bytes) {
+    emulated::expect_aligned(from);
+    if (bytes <= 0 || bytes % 16) emulated::fail("a prefetch of no possible size");
+    (void)static_cast<const volatile char*>(from)[bytes - 1];
+}
 inline float load_fresh(const float* from) { return *from; }
 inline Floats load_fresh(const Floats* from) {
     emulated::expect_aligned(from);

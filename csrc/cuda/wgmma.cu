@@ -2,10 +2,10 @@
 // from shared memory, where the copy engine puts both.
 //
 // A block computes a tile of 256 rows and 8 to 128 tokens, or of 128 rows and 256 tokens, one chunk of 128 columns after
-// the other. Four warps do nothing but ask for chunks, as many ahead as shared memory holds. The other eight are two
+// the other. Four warps do nothing but ask for chunks, as many ahead as shared memory holds. The others are two or four
 // warpgroups. An instruction multiplies 64 rows, 16 of each warp, and which 16 is free to choose: here those of a word
-// of the codes, which is matrix A as it lies in memory. Warp w of each has tile w of 64 rows; the first warpgroup words
-// 0 and 1 of every lane, the second 2 and 3. (With 128 rows, tile w % 2 and word w / 2 of these two.)
+// of the codes, which is matrix A as it lies in memory. Warp w of each has tile w of 64 rows, and the warpgroups share
+// the words of a lane. (With 128 rows, warp w has tile w % 2, and word w / 2 of the two of its warpgroup.)
 //
 // While the tensor cores multiply one step, a warp makes numbers of the codes of the next. That is most of the work
 // where tokens are few, so then it makes as little of them as it can: codes above a constant, which needs no
@@ -19,8 +19,6 @@
 namespace llmquant::cuda {
 namespace {
 
-constexpr int GROUPS = 2;  // warpgroups
-constexpr int CONSUMERS = GROUPS * 4 * LANES, THREADS = CONSUMERS + 4 * LANES;
 constexpr int STEPS = 8, COLUMNS = STEPS * STEP;  // of a chunk
 constexpr int BOX = 64, BOXES = COLUMNS / BOX;    // columns of activations that are copied at once: 128 bytes
 constexpr int GRIDS = COLUMNS / 32;               // groups of a chunk, at most
@@ -30,11 +28,21 @@ constexpr int ROOM = 226 * 1024;                  // of a multiprocessor
 
 static_assert(PAD_COLUMNS % COLUMNS == 0, "chunks are whole");
 
+template <int TOKENS>
+constexpr int BLOCKS = TOKENS <= 16 ? 2 : 1;  // that fit a multiprocessor
+// Warpgroups that multiply: four to a multiprocessor, so that while some make numbers, others multiply; two where sums
+// take the registers of more.
+template <int TOKENS>
+constexpr int GROUPS = TOKENS == 32 || TOKENS == 64 ? 4 : 2;
+template <int TOKENS>
+constexpr int CONSUMERS = GROUPS<TOKENS> * 4 * LANES;  // threads
+template <int TOKENS>
+constexpr int THREADS = CONSUMERS<TOKENS> + 4 * LANES;
 // The weight's part of a block's tile, and the words of a lane that are a warp's own.
 template <int TOKENS>
 constexpr int TILES = TOKENS <= 128 ? 4 : 2;
 template <int TOKENS>
-constexpr int OWN = TILES<TOKENS> * WORDS / (GROUPS * 4);
+constexpr int OWN = TILES<TOKENS> * WORDS / (GROUPS<TOKENS> * 4);
 
 template <int TOKENS>
 struct alignas(1024) Stage {
@@ -43,9 +51,6 @@ struct alignas(1024) Stage {
     Words scales[TILES<TOKENS>][GRIDS][8];
     uint32_t zeros[TILES<TOKENS>][GRIDS][8];
 };
-
-template <int TOKENS>
-constexpr int BLOCKS = TOKENS <= 16 ? 2 : 1;  // that fit a multiprocessor
 
 constexpr int stages_of(int room, int bytes) { return room / bytes < 8 ? room / bytes : 8; }
 template <int TOKENS>
@@ -314,15 +319,15 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
     constexpr int FOURS = OWN<TOKENS> * TOKENS / 8;
     const Schedule& schedule = product.schedule;
     const auto slot = [&](int block, bool begins_tile) {
-        return product.partials + (int64_t{slot_of(block, begins_tile)} * FOURS * CONSUMERS + thread_index());
+        return product.partials + (int64_t{slot_of(block, begins_tile)} * FOURS * CONSUMERS<TOKENS> + thread_index());
     };
     Floats* own = slot(block_index(), segment.begin == 0);
 #pragma unroll
     for (int i = 0; i < FOURS; ++i) {
         const float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
-        own[i * CONSUMERS] = {{four[0], four[1], four[2], four[3]}};
+        own[i * CONSUMERS<TOKENS>] = {{four[0], four[1], four[2], four[3]}};
     }
-    const auto sync = [] { sync_threads<CONSUMERS>(); };
+    const auto sync = [] { sync_threads<CONSUMERS<TOKENS>>(); };
     if (!is_last(product, segment.tile, &shared.word, sync)) return false;
     const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
 #pragma unroll 1
@@ -330,7 +335,7 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
         const Floats* other = slot(block, block == first);
 #pragma unroll
         for (int i = 0; i < FOURS; ++i) {
-            const Floats more = load_fresh(other + i * CONSUMERS);
+            const Floats more = load_fresh(other + i * CONSUMERS<TOKENS>);
             float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
 #pragma unroll
             for (int r = 0; r < 4; ++r) four[r] = (block == first ? 0 : four[r]) + more.value[r];
@@ -382,9 +387,13 @@ __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared
     }
 }
 
+// Of each thread that multiplies; those that ask need few.
+template <int TOKENS>
+constexpr int REGISTERS = BLOCKS<TOKENS> * GROUPS<TOKENS> == 2 ? 232 : 104;
+
 // GROUP_STEPS: those of a chunk that share scales, if these are for sums; else 0.
 template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
-__global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(THREADS<TOKENS>, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
 #ifdef LLMQUANT_WGMMA
     using Multiplier =
         std::conditional_t<GROUP_STEPS != 0, Raw<T, ZEROS, TOKENS, GROUP_STEPS ? GROUP_STEPS : 1>, Scaled<T, ZEROS, TOKENS>>;
@@ -393,16 +402,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES<TOKENS>; ++i) {
             begin_barrier(&shared.full[i], 4);
-            begin_barrier(&shared.empty[i], CONSUMERS / LANES);
+            begin_barrier(&shared.empty[i], CONSUMERS<TOKENS> / LANES);
         }
         fence_barriers();
     }
     sync_block();
-    if (thread_index() < CONSUMERS) {
-        take_registers<BLOCKS<TOKENS> == 2 ? 104 : 232>();
+    if (thread_index() < CONSUMERS<TOKENS>) {
+        take_registers<REGISTERS<TOKENS>>();
         consume<T, TOKENS, Multiplier>(task, shared);
     } else {
-        leave_registers<BLOCKS<TOKENS> == 2 ? 24 : 40>();
+        leave_registers<BLOCKS<TOKENS> * GROUPS<TOKENS> == 2 ? 40 : 24>();
         Source<TOKENS, ZEROS>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
     }
 #else
@@ -412,10 +421,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
 
 template <class T, bool ZEROS, int TOKENS>
 auto kernel_of(int shift) -> void (*)(Task) {
-    if constexpr (TOKENS <= 16) {
-        if (shift == 2 && TOKENS == 8) return multiply_groups<T, ZEROS, TOKENS, 4>;  // for more there are too few registers
+    if constexpr (TOKENS == 8)  // for 16 and such short groups there are too few registers
+        if (shift == 2) return multiply_groups<T, ZEROS, TOKENS, 4>;
+    if constexpr (TOKENS <= 16)
         if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS>;
-    }
     return multiply_groups<T, ZEROS, TOKENS, 0>;
 }
 
@@ -467,7 +476,7 @@ int64_t start(const Product& product, int64_t kind, void* stream) {
                                      : fp16 ? kernel_of<Fp16, false, TOKENS>(shift)
                                             : kernel_of<Bf16, false, TOKENS>(shift);
         const int bytes = static_cast<int>(sizeof(Shared<TOKENS>));
-        return launch(kernel, {product.schedule.blocks, THREADS, bytes, product.overlap, stream}, task);
+        return launch(kernel, {product.schedule.blocks, THREADS<TOKENS>, bytes, product.overlap, stream}, task);
     });
 }
 

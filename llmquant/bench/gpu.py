@@ -23,7 +23,8 @@ SHAPES = (
 TOKENS = tuple(2**i for i in range(13))
 COLDNESS = 4  # bytes of the copies of a weight, in L2 caches
 LONGEST = 0.005  # seconds of one graph, about
-REPLAYS = 25
+REPLAYS, FEWEST = 25, 7
+ENOUGH = 0.25  # seconds of all replays, after which there are no more than the fewest
 WRONG = 0.05  # relative error of what cannot be the same product
 
 
@@ -107,8 +108,8 @@ def graph_seconds(calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> lis
     for call in calls:
         call(x)  # compiled, tuned and in memory before the capture
     torch.cuda.synchronize()
-    single = timed(lambda: [call(x) for call in calls])
-    rounds = max(1, min(20, int(LONGEST / single)))
+    once = timed(lambda: [call(x) for call in calls])
+    rounds = max(1, min(20, int(LONGEST / once)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
@@ -116,7 +117,8 @@ def graph_seconds(calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> lis
                 call(x)
     for _ in range(3):
         graph.replay()
-    return [timed(graph.replay) / (rounds * len(calls)) for _ in range(REPLAYS)]
+    replays = max(FEWEST, min(REPLAYS, int(ENOUGH / (rounds * once))))
+    return [timed(graph.replay) / (rounds * len(calls)) for _ in range(replays)]
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -31,13 +31,16 @@ class Answer:
         return f"{self.new_tokens} tokens in {self.seconds:.2f} s ({rate:.1f} tokens/s), kernel: {self.backend}"
 
 
-def generate(directory: Path, prompt: str, *, max_new_tokens: int = 128, precision: str = "exact") -> Answer:
-    """Continue `prompt` greedily; through the chat template where the tokenizer has one.
+def generate(
+    directory: Path, prompt: str, *, max_new_tokens: int = 128, precision: str = "exact", device: str = "cpu"
+) -> Answer:
+    """Continue `prompt` greedily on a device of torch; through the chat template where the tokenizer has one.
 
     Raises:
         CheckpointError: the directory cannot be loaded, or has no tokenizer.
     """
-    model: Any = load(directory, precision=precision)  # generate() is a mixin that the base class does not declare
+    # generate() is a mixin that the base class does not declare
+    model: Any = load(directory, precision=precision).to(device)
     tokenizer = load_tokenizer(directory)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
@@ -49,12 +52,13 @@ def generate(directory: Path, prompt: str, *, max_new_tokens: int = 128, precisi
     started = time.perf_counter()
     with torch.inference_mode():
         ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=inputs["input_ids"].to(device),
+            attention_mask=inputs["attention_mask"].to(device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
     seconds = time.perf_counter() - started
     new = ids[0, length:]
-    return Answer(str(tokenizer.decode(new, skip_special_tokens=True)), length, len(new), seconds, active_backend())
+    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    return Answer(text, length, len(new), seconds, active_backend(torch.device(device).type))

@@ -7,8 +7,10 @@ import torch
 
 pytest.importorskip("transformers")  # a machine that is there for its GPU may lack it
 
+from llmquant.native import find_gpu_backend
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
+from llmquant.runtime.generate import generate
 from llmquant.runtime.loader import load
 from llmquant.scheme import Scheme
 
@@ -39,6 +41,12 @@ def test_it_generates(packed: Path) -> None:
     first = model.generate(INPUT.cuda(), **told)
     assert first.shape == (2, 32)
     assert torch.equal(model.generate(INPUT.cuda(), **told), first)
+
+
+def test_the_command_answers(packed: Path) -> None:
+    answer = generate(packed, "Hello", max_new_tokens=5, device="cuda")
+    assert answer.backend == find_gpu_backend().name
+    assert answer.text == generate(packed, "Hello", max_new_tokens=5, device="cuda").text
 
 
 def test_the_checkpoint_comes_back(packed: Path, tmp_path: Path) -> None:
