@@ -256,6 +256,10 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
 
 using BoxMap = CUtensorMap;
 
+__device__ __forceinline__ void prefetch_map(const BoxMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+
 // The box that begins at a column and token. Its rows are 128 bytes; granule g of token t is in place g ^ (t % 8).
 __device__ __forceinline__ void copy_box(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
     asm volatile(

@@ -409,6 +409,8 @@ inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier
     });
 }
 
+inline void prefetch_map(const BoxMap&) {}
+
 inline int64_t map_boxes(const Boxes& boxes, BoxMap* map) {
     *map = boxes;
     return 0;

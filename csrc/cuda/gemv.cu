@@ -197,6 +197,7 @@ __device__ void finish(const Product& product, const Segment& segment, Shared& s
 #pragma unroll
         for (int i = 0; i < TOKENS / PARTS; ++i) sums[i] = 0;
         const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
+#pragma unroll 4  // as many loads on their way
         for (int block = first; block <= last; ++block) {
             const float* other = partials_at(product, slot_of(block, block == first));
 #pragma unroll

@@ -126,6 +126,7 @@ struct Source {
             const Segment segment = segment_at(schedule, block_index(), unit);
             if (lane == 0) ask_for_weight(unit, segment.tile / task.token_tiles, segment.begin);
         }
+        prefetch_map(task.x);
         if (task.product.overlap) await_previous();  // x may come from it; the weight does not
         Place<TOKENS> place;
 #pragma unroll 1
@@ -330,7 +331,10 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
     const auto sync = [] { sync_threads<CONSUMERS<TOKENS>>(); };
     if (!is_last(product, segment.tile, &shared.word, sync)) return false;
     const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
-#pragma unroll 1
+#pragma unroll
+    for (int i = 0; i < OWN<TOKENS> * TOKENS / 2; ++i) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0;
+    [[maybe_unused]] constexpr int BLOCKS_AT_ONCE = FOURS <= 4 ? 4 : 1;  // so that many loads are on their way
+#pragma unroll BLOCKS_AT_ONCE
     for (int block = first; block <= last; ++block) {
         const Floats* other = slot(block, block == first);
 #pragma unroll
@@ -338,7 +342,7 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
             const Floats more = load_fresh(other + i * CONSUMERS<TOKENS>);
             float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
 #pragma unroll
-            for (int r = 0; r < 4; ++r) four[r] = (block == first ? 0 : four[r]) + more.value[r];
+            for (int r = 0; r < 4; ++r) four[r] += more.value[r];
         }
     }
     return true;
