@@ -23,15 +23,19 @@ ARCHITECTURES = ("80", "90a")
 
 # Instructions, as the disassembler writes them.
 INSTRUCTIONS = {
-    "HMMA": r"HMMA\.16816\.F32",  # tensor cores
+    "HMMA": r"HMMA\.16816\.F32",  # tensor cores, by a warp
+    "HGMMA": r"HGMMA\.64x\d+x16\.F32",  # by a warpgroup
     "LDSM": r"LDSM\.16\.M88\.4",  # ldmatrix.x4
     "LDGSTS": r"LDGSTS\.E\S*\.128",  # cp.async of 16 bytes
     "LDG.128": r"LDG\.E\S*\.128",  # loads of 16 bytes
+    "UBLKCP": r"UBLKCP\b",  # copies by the copy engine
+    "UTMALDG": r"UTMALDG\.2D",  # and of boxes
     "local": r"(?:LDL|STL)\b",  # memory for what registers have no room for
 }
 WAIT = "ACQBULK"  # griddepcontrol.wait; ptxas may move loads across it
 # Which of them a kernel cannot do without.
 NEEDED = {"stream": ("HMMA", "LDSM", "LDGSTS", "LDG.128"), "multiply_tiles": ("HMMA", "LDSM", "LDGSTS", "LDG.128")}
+HOPPER = {"multiply_groups": ("HGMMA", "UBLKCP", "UTMALDG")}  # on sm_90a; on others it is empty
 
 
 class Kernel(NamedTuple):
@@ -44,13 +48,15 @@ class Kernel(NamedTuple):
     spilled: int  # bytes, stored and loaded
     instructions: dict[str, int]
     ahead: bool  # weights are asked for before the kernel waits for the one before it, if it does
+    warned: bool  # wgmma instructions wait for each other
 
     def problems(self, name: str) -> list[str]:
         found = [f"{self.stack} bytes of stack"] if self.stack else []
         found += [f"{self.spilled} bytes spilled"] if self.spilled else []
         found += [f"{self.instructions['local']} accesses to local memory"] if self.instructions["local"] else []
         found += [] if self.ahead else ["no load before it waits"]
-        needed = NEEDED.get(re.split(r"[<(]", name)[0], ())
+        found += ["wgmma is serialized"] if self.warned else []
+        needed = (NEEDED | (HOPPER if self.architecture == "90a" else {})).get(re.split(r"[<(]", name)[0], ())
         return found + [f"no {kind}" for kind in needed if not self.instructions[kind]]
 
 
@@ -102,8 +108,9 @@ def compile_kernels(nvcc: str, disassembler: str, source: Path, architecture: st
         listing = listings[name]
         counts = {kind: len(re.findall(pattern, listing)) for kind, pattern in INSTRUCTIONS.items()}
         before = listing.split(WAIT)[0]
-        ahead = bool(re.search(r"LDG\S*\.128|LDGSTS", before)) or WAIT not in listing
-        yield Kernel(architecture, name, registers, stack, stores + loads, counts, ahead)
+        ahead = bool(re.search(r"LDG\S*\.128|LDGSTS|UBLKCP", before)) or WAIT not in listing
+        warned = bool(re.search(rf"\(C75\d\d\).*'{name}'", said))
+        yield Kernel(architecture, name, registers, stack, stores + loads, counts, ahead, warned)
 
 
 def run(*command: str) -> "subprocess.CompletedProcess[str]":

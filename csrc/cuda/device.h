@@ -13,7 +13,8 @@ struct alignas(16) Floats {
     float value[4];
 };
 
-// Tokens and columns of 16-bit numbers in memory, of which the copy engine takes boxes; past their ends there are zeros.
+// Tokens and columns of 16-bit numbers in memory, of which the copy engine takes boxes; past their ends there are
+// zeros.
 struct Boxes {
     const uint16_t* from;
     int64_t columns, tokens, stride;
@@ -96,13 +97,6 @@ __device__ __forceinline__ void load_once(Words& words, const Words* from, bool 
         "}"
         : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3])
         : "l"(from), "l"(policy), "r"(static_cast<int>(wanted)));
-}
-
-// To L2, from sm_90 on; `bytes` are a multiple of 16.
-__device__ __forceinline__ void prefetch(const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
 }
 
 // What another block wrote: from L2, as L1 may hold older values.
@@ -324,37 +318,38 @@ __device__ __forceinline__ void multiply_add_group(float (&c)[TOKENS / 2], const
 #define LLMQUANT_C64(i) LLMQUANT_C32(i), LLMQUANT_C32(i + 32)
 #define LLMQUANT_C128(i) LLMQUANT_C64(i), LLMQUANT_C64(i + 64)
 #define LLMQUANT_N4 "%0, %1, %2, %3"
-#define LLMQUANT_N8 \
-    LLMQUANT_N4 ", %4, %5, %6, %7"
-#define LLMQUANT_N16 \
-    LLMQUANT_N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define LLMQUANT_N32 \
-    LLMQUANT_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LLMQUANT_N64 \
-    LLMQUANT_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LLMQUANT_N128 \
-    LLMQUANT_N64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define LLMQUANT_N8 LLMQUANT_N4 ", %4, %5, %6, %7"
+#define LLMQUANT_N16 LLMQUANT_N8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LLMQUANT_N32 LLMQUANT_N16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LLMQUANT_N64                                                                         \
+    LLMQUANT_N32                                                                             \
+        ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LLMQUANT_N128                                                                                  \
+    LLMQUANT_N64                                                                                       \
+        ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // N tokens have C = N / 2 registers; those of A, B and a predicate follow them.
-#define LLMQUANT_MULTIPLY_ADD(T, KIND, N, C, A0, A1, A2, A3, B, ON)                                                  \
-    template <>                                                                                                      \
-    __device__ __forceinline__ void multiply_add_group<T, N>(float (&c)[C], const uint32_t (&a)[4], uint64_t b,      \
-                                                             bool adds) {                                            \
-        asm volatile(                                                                                                \
-            "{\n"                                                                                                    \
-            ".reg .pred adds;\n"                                                                                     \
-            "setp.ne.b32 adds, " ON ", 0;\n"                                                                         \
-            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." KIND "." KIND " {" LLMQUANT_N##C "}, {" A0 ", " A1     \
-            ", " A2 ", " A3 "}, " B ", adds, 1, 1, 0;\n"                                                             \
-            "}"                                                                                                      \
-            : LLMQUANT_C##C(0)                                                                                       \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));                                   \
+#define LLMQUANT_MULTIPLY_ADD(T, KIND, N, C, A0, A1, A2, A3, B, ON)                                                    \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void multiply_add_group<T, N>(float (&c)[C], const uint32_t (&a)[4], uint64_t b,        \
+                                                             bool adds) {                                              \
+        asm volatile(                                                                                                  \
+            "{\n"                                                                                                      \
+            ".reg .pred adds;\n"                                                                                       \
+            "setp.ne.b32 adds, " ON                                                                                    \
+            ", 0;\n"                                                                                                   \
+            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." KIND "." KIND " {" LLMQUANT_N##C "}, {" A0 ", " A1       \
+                                                                                               ", " A2 ", " A3 "}, " B \
+                                                                                               ", adds, 1, 1, 0;\n"    \
+                                                                                               "}"                     \
+            : LLMQUANT_C##C(0)                                                                                         \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));                                     \
     }
-#define LLMQUANT_MULTIPLY_ADD_BOTH(...)                 \
-    LLMQUANT_MULTIPLY_ADD(Fp16, "f16", __VA_ARGS__)     \
+#define LLMQUANT_MULTIPLY_ADD_BOTH(...)             \
+    LLMQUANT_MULTIPLY_ADD(Fp16, "f16", __VA_ARGS__) \
     LLMQUANT_MULTIPLY_ADD(Bf16, "bf16", __VA_ARGS__)
 LLMQUANT_MULTIPLY_ADD_BOTH(8, 4, "%4", "%5", "%6", "%7", "%8", "%9")
 LLMQUANT_MULTIPLY_ADD_BOTH(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")

@@ -59,7 +59,7 @@ struct Launch {
 namespace emulated {
 
 constexpr int64_t STACK = 128 * 1024;
-constexpr int MOST_SHARED = 227 * 1024;  // of a block, on sm_90
+constexpr int MOST_SHARED = 227 * 1024;   // of a block, on sm_90
 constexpr int OTHERS_SHARED = 99 * 1024;  // on the smallest device that is served (sm_86)
 
 // Copies of one thread that are on their way, in groups.
@@ -242,12 +242,6 @@ inline void load_once(Words& words, const Words* from, bool wanted, uint64_t) {
     if (!wanted) return;
     emulated::expect_aligned(from);
     words = *from;
-}
-// Nothing to do, but all of it has to be there.
-inline void prefetch(const void* from, int bytes) {
-    emulated::expect_aligned(from);
-    if (bytes <= 0 || bytes % 16) emulated::fail("a prefetch of no possible size");
-    (void)static_cast<const volatile char*>(from)[bytes - 1];
 }
 inline float load_fresh(const float* from) { return *from; }
 inline Floats load_fresh(const Floats* from) {

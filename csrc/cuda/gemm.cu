@@ -340,7 +340,8 @@ Schedule schedule(const Layout& layout, int64_t tokens, const Device& device) {
         using Tile = decltype(tiling);
         const int64_t token_tiles = (tokens + Tile::TOKENS - 1) / Tile::TOKENS;
         const int64_t tiles = layout.tiles / ROW_WARPS * token_tiles, chunks = layout.steps / Tile::STEPS;
-        return schedule_of(tiles, chunks, min(int64_t{Tile::BLOCKS} * device.processors, (tiles * chunks + 1) / 2), RESTART);
+        return schedule_of(tiles, chunks, min(int64_t{Tile::BLOCKS} * device.processors, (tiles * chunks + 1) / 2),
+                           RESTART);
     });
 }
 

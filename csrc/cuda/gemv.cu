@@ -3,9 +3,7 @@
 // A warp walks along the columns of one tile. Its codes go from memory to registers, two units of 64 columns ahead of
 // their use, so 4 KB to a warp are always on their way; nothing waits at a barrier. Tokens are the 8 columns of B: one
 // kernel serves 1 to 8 of them. Activations, scales and zeros take the way through shared memory, as far ahead, into a
-// ring that is the warp's own. What is multiplied are codes above a constant, which are made without arithmetic. When
-// their group ends, what is too much by that is taken from the sums, as many times as the activations add up to, and
-// the sums get their scale, in fp32.
+// ring that is the warp's own. Sums are of integers until their group ends; then they get their scale, in fp32.
 
 #include "finish.h"
 
@@ -20,7 +18,6 @@ constexpr int STEPS = 4;  // of a unit
 constexpr int COLUMNS = STEPS * STEP;
 constexpr int GRANULES = COLUMNS / GRANULE;
 constexpr int RING = 3;           // units
-constexpr int AHEAD = 8;          // units of a warp that L2 gets while the kernel before still runs
 constexpr int RESTART = 24;       // what a second tile costs a block, in units
 constexpr int STRIDE = TILE + 4;  // of a token's sums in shared memory: so that a warp writes to different banks
 
@@ -48,7 +45,7 @@ struct Walk {
     Unit* ring;
     int tile, lane;
     bool narrow;  // two groups to a unit
-    float sums[WORDS][4], fresh[WORDS][4], x_sums[4];
+    float sums[WORDS][4];
 
     // Starts the copies of a unit, which are one group; of no unit, an empty one.
     __device__ void stage(int unit, int end, int slot) const {
@@ -89,11 +86,12 @@ struct Walk {
         const Unit& staged = ring[slot];
         const Words* next = codes_of(unit + 2);
 
-        const bool ends = unit + 1 == end || ((unit + 1) * STEPS & ((1 << product.weight.layout.shift) - 1)) == 0;
-        const uint32_t ones[4] = {T::ONE, T::ONE, T::ONE, T::ONE};
+        float fresh[WORDS][4] = {};
         uint32_t b[4];  // of two steps
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
+            const int group = narrow ? step / 2 : 0;
+            const uint32_t zeros = ZEROS ? staged.zeros[group][lane / 4] : MIDPOINTS;
             if (step % 2 == 0)
                 load_matrices(
                     b,
@@ -101,31 +99,23 @@ struct Walk {
 #pragma unroll
             for (int j = 0; j < WORDS; ++j) {
                 uint32_t a[4];
-#pragma unroll
-                for (int r = 0; r < 4; ++r) a[r] = T::raw(codes[step].word[j], r, merge);
+                to_weights<T>(codes[step].word[j], zeros, j, a);
                 multiply_add<T>(fresh[j], a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
             }
-            multiply_add<T>(x_sums, ones, b[step % 2 * 2], b[step % 2 * 2 + 1]);
             load_once(codes[step], next + step * LANES, unit + 2 < end, policy);
-            if (step == 1 && narrow) add(staged, 0);
-            if (step == STEPS - 1 && (ends || narrow)) add(staged, narrow ? 1 : 0);
+            if (step == STEPS - 1 || (step == 1 && narrow)) add(staged.scales[group][lane / 4], fresh);
         }
     }
 
-    // A group, or its part in this range, has ended.
-    __device__ void add(const Unit& staged, int group) {
-        const Words scales = staged.scales[group][lane / 4];
-        const uint32_t zeros = ZEROS ? staged.zeros[group][lane / 4] : MIDPOINTS;
+    // A group, or its part in this unit, has ended.
+    __device__ void add(const Words& scales, float (&fresh)[WORDS][4]) {
 #pragma unroll
         for (int j = 0; j < WORDS; ++j)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const float excess = T::ORIGIN + static_cast<float>(zeros >> 4 * (2 * j + r / 2) & 15);
-                sums[j][r] += scale_of<T>(scales, j, r / 2) * (fresh[j][r] - excess * x_sums[r]);
+                sums[j][r] += scale_of<T>(scales, j, r / 2) * fresh[j][r];
                 fresh[j][r] = 0;
             }
-#pragma unroll
-        for (int r = 0; r < 4; ++r) x_sums[r] = 0;
     }
 
     // Units [begin, end).
@@ -134,12 +124,7 @@ struct Walk {
         Words codes[2][STEPS] = {};
         load(begin, end, policy, codes[0]);
         load(begin + 1, end, policy, codes[1]);
-        if (product.overlap) {  // x may come from what runs before; the codes do not
-            const int ahead = min(end - begin - 2, AHEAD);
-            if (lane == 0 && ahead > 0)
-                prefetch(codes_of(begin + 2), ahead * STEPS * LANES * static_cast<int>(sizeof(Words)));
-            await_previous();
-        }
+        if (product.overlap) await_previous();  // x may come from it; the codes do not
         for (int ahead = 0; ahead < RING - 1; ++ahead) stage(begin + ahead, end, ahead);
 #pragma unroll 1
         for (int unit = begin, slot = 0; unit < end; unit += 2) {
@@ -197,7 +182,6 @@ __device__ void finish(const Product& product, const Segment& segment, Shared& s
 #pragma unroll
         for (int i = 0; i < TOKENS / PARTS; ++i) sums[i] = 0;
         const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
-#pragma unroll 4  // as many loads on their way
         for (int block = first; block <= last; ++block) {
             const float* other = partials_at(product, slot_of(block, block == first));
 #pragma unroll
@@ -221,8 +205,6 @@ __global__ void __launch_bounds__(THREADS, 2) stream(Product product) {
                                segment.tile * ROW_WARPS + warp / COLUMN_WARPS,
                                lane,
                                product.weight.layout.shift == 1,
-                               {},
-                               {},
                                {}};
         walk.walk(segment.begin + count * part / COLUMN_WARPS, segment.begin + count * (part + 1) / COLUMN_WARPS);
         sync_warp();  // the ring becomes room for sums

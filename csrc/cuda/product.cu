@@ -42,7 +42,9 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     if (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
     if (const int64_t error = find_device(&plan->device)) return error;
     if (task.path == LLMQUANT_CUDA_WGMMA && plan->device.capability != 90) return LLMQUANT_CUDA_BAD_PATH;
-    plan->path = task.path == LLMQUANT_CUDA_AUTO ? path_for(task.tokens, task.weight.rows * task.weight.columns, plan->device.capability) : task.path;
+    plan->path = task.path == LLMQUANT_CUDA_AUTO
+                     ? path_for(task.tokens, task.weight.rows * task.weight.columns, plan->device.capability)
+                     : task.path;
     if (plan->path == LLMQUANT_CUDA_DEQUANTIZE) return 0;
 
     const Path& path = path_of(plan->path);

@@ -1,11 +1,12 @@
 // Products on Hopper (sm_90a): weights go through registers to the tensor cores of a warpgroup, and activations there
 // from shared memory, where the copy engine puts both.
 //
-// A block computes a tile of 256 rows and 8 to 128 tokens, or of 128 rows and 256 tokens, one chunk of 128 columns after
-// the other. Four warps do nothing but ask for chunks, as many ahead as shared memory holds. The others are two or four
-// warpgroups. An instruction multiplies 64 rows, 16 of each warp, and which 16 is free to choose: here those of a word
-// of the codes, which is matrix A as it lies in memory. Warp w of each has tile w of 64 rows, and the warpgroups share
-// the words of a lane. (With 128 rows, warp w has tile w % 2, and word w / 2 of the two of its warpgroup.)
+// A block computes a tile of 256 rows and 8 to 128 tokens, or of 128 rows and 256 tokens, one chunk of 128 columns
+// after the other. Four warps do nothing but ask for chunks, as many ahead as shared memory holds. The other eight are
+// two warpgroups. An instruction multiplies 64 rows, 16 of each warp, and which 16 is free to choose: here those of a
+// word of the codes, which is matrix A as it lies in memory. Warp w of each has tile w of 64 rows; the first warpgroup
+// has words 0 and 1 of every lane, the second 2 and 3. (With 128 rows, warp w has tile w % 2 and word w / 2 of these
+// two.)
 //
 // While the tensor cores multiply one step, a warp makes numbers of the codes of the next. That is most of the work
 // where tokens are few, so then it makes as little of them as it can: codes above a constant, which needs no
@@ -19,6 +20,8 @@
 namespace llmquant::cuda {
 namespace {
 
+constexpr int GROUPS = 2;  // warpgroups that multiply
+constexpr int CONSUMERS = GROUPS * 4 * LANES, THREADS = CONSUMERS + 4 * LANES;
 constexpr int STEPS = 8, COLUMNS = STEPS * STEP;  // of a chunk
 constexpr int BOX = 64, BOXES = COLUMNS / BOX;    // columns of activations that are copied at once: 128 bytes
 constexpr int GRIDS = COLUMNS / 32;               // groups of a chunk, at most
@@ -30,19 +33,11 @@ static_assert(PAD_COLUMNS % COLUMNS == 0, "chunks are whole");
 
 template <int TOKENS>
 constexpr int BLOCKS = TOKENS <= 16 ? 2 : 1;  // that fit a multiprocessor
-// Warpgroups that multiply: four to a multiprocessor, so that while some make numbers, others multiply; two where sums
-// take the registers of more.
-template <int TOKENS>
-constexpr int GROUPS = TOKENS == 32 || TOKENS == 64 ? 4 : 2;
-template <int TOKENS>
-constexpr int CONSUMERS = GROUPS<TOKENS> * 4 * LANES;  // threads
-template <int TOKENS>
-constexpr int THREADS = CONSUMERS<TOKENS> + 4 * LANES;
 // The weight's part of a block's tile, and the words of a lane that are a warp's own.
 template <int TOKENS>
 constexpr int TILES = TOKENS <= 128 ? 4 : 2;
 template <int TOKENS>
-constexpr int OWN = TILES<TOKENS> * WORDS / (GROUPS<TOKENS> * 4);
+constexpr int OWN = TILES<TOKENS> * WORDS / (GROUPS * 4);
 
 template <int TOKENS>
 struct alignas(1024) Stage {
@@ -157,7 +152,7 @@ struct Part {
     int thread = thread_index();  // of those that multiply
     int lane = thread % LANES, warp = thread / LANES % 4, group = thread / LANES / 4;
     int tile = warp % TILES<TOKENS>;
-    int word = (group * (4 / TILES<TOKENS>) + warp / TILES<TOKENS>) * OWN<TOKENS>;  // the first that is its own
+    int word = (group * (4 / TILES<TOKENS>)+warp / TILES<TOKENS>)*OWN<TOKENS>;  // the first that is its own
 
     // In the block's tile.
     __device__ int row(int j, int r) const { return tile * TILE + 16 * (word + j) + sum_row(lane, r); }
@@ -175,8 +170,7 @@ __device__ __forceinline__ Few<OWN<TOKENS>> own_of(const Words& words, const Par
 
 // Of a group of columns: two scales to a word, and zeros in the low bits.
 template <int TOKENS>
-__device__ __forceinline__ Few<OWN<TOKENS>> scales_of(const Stage<TOKENS>& stage, const Part<TOKENS>& part,
-                                                      int group) {
+__device__ __forceinline__ Few<OWN<TOKENS>> scales_of(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group) {
     return own_of(stage.scales[part.tile][group][part.lane / 4], part);
 }
 template <bool ZEROS, int TOKENS>
@@ -262,7 +256,8 @@ template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
 struct Raw {
     float fresh[OWN<TOKENS>][TOKENS / 2], x_sums[TOKENS / 2];
 
-    __device__ __forceinline__ void add(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group, Sums<TOKENS>& sums) {
+    __device__ __forceinline__ void add(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group,
+                                        Sums<TOKENS>& sums) {
         const auto scales = scales_of(stage, part, group);
         const uint32_t zeros = zeros_of<ZEROS>(stage, part, group);
 #pragma unroll
@@ -320,15 +315,15 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
     constexpr int FOURS = OWN<TOKENS> * TOKENS / 8;
     const Schedule& schedule = product.schedule;
     const auto slot = [&](int block, bool begins_tile) {
-        return product.partials + (int64_t{slot_of(block, begins_tile)} * FOURS * CONSUMERS<TOKENS> + thread_index());
+        return product.partials + (int64_t{slot_of(block, begins_tile)} * FOURS * CONSUMERS + thread_index());
     };
     Floats* own = slot(block_index(), segment.begin == 0);
 #pragma unroll
     for (int i = 0; i < FOURS; ++i) {
         const float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
-        own[i * CONSUMERS<TOKENS>] = {{four[0], four[1], four[2], four[3]}};
+        own[i * CONSUMERS] = {{four[0], four[1], four[2], four[3]}};
     }
-    const auto sync = [] { sync_threads<CONSUMERS<TOKENS>>(); };
+    const auto sync = [] { sync_threads<CONSUMERS>(); };
     if (!is_last(product, segment.tile, &shared.word, sync)) return false;
     const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
 #pragma unroll
@@ -339,7 +334,7 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
         const Floats* other = slot(block, block == first);
 #pragma unroll
         for (int i = 0; i < FOURS; ++i) {
-            const Floats more = load_fresh(other + i * CONSUMERS<TOKENS>);
+            const Floats more = load_fresh(other + i * CONSUMERS);
             float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
 #pragma unroll
             for (int r = 0; r < 4; ++r) four[r] += more.value[r];
@@ -384,38 +379,41 @@ __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared
     for (int done = 0; done < units_of(product.schedule, block_index());) {
         const Segment segment = segment_at(product.schedule, block_index(), done);
         Sums<TOKENS> sums = {};
-        Multiplier().multiply(shared, Part<TOKENS>(), product.weight.layout.shift, segment.end - segment.begin, place, sums);
+        Multiplier().multiply(shared, Part<TOKENS>(), product.weight.layout.shift, segment.end - segment.begin, place,
+                              sums);
         if (is_whole(product.schedule, segment) || add_blocks<TOKENS>(product, segment, shared, sums))
             write<T, TOKENS>(product, segment.tile / task.token_tiles, segment.tile % task.token_tiles, sums);
         done += segment.end - segment.begin;
     }
 }
 
-// Of each thread that multiplies; those that ask need few.
+// Of each thread that multiplies, and of those that ask.
 template <int TOKENS>
-constexpr int REGISTERS = BLOCKS<TOKENS> * GROUPS<TOKENS> == 2 ? 232 : 104;
+constexpr int MANY = BLOCKS<TOKENS> == 1 ? 232 : 104;
+template <int TOKENS>
+constexpr int FEW = BLOCKS<TOKENS> == 1 ? 40 : 24;
 
 // GROUP_STEPS: those of a chunk that share scales, if these are for sums; else 0.
 template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
-__global__ void __launch_bounds__(THREADS<TOKENS>, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
 #ifdef LLMQUANT_WGMMA
-    using Multiplier =
-        std::conditional_t<GROUP_STEPS != 0, Raw<T, ZEROS, TOKENS, GROUP_STEPS ? GROUP_STEPS : 1>, Scaled<T, ZEROS, TOKENS>>;
+    using Multiplier = std::conditional_t<GROUP_STEPS != 0, Raw<T, ZEROS, TOKENS, GROUP_STEPS ? GROUP_STEPS : 1>,
+                                          Scaled<T, ZEROS, TOKENS>>;
     let_next_begin();
     Shared<TOKENS>& shared = *reinterpret_cast<Shared<TOKENS>*>(shared_memory());
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES<TOKENS>; ++i) {
             begin_barrier(&shared.full[i], 4);
-            begin_barrier(&shared.empty[i], CONSUMERS<TOKENS> / LANES);
+            begin_barrier(&shared.empty[i], CONSUMERS / LANES);
         }
         fence_barriers();
     }
     sync_block();
-    if (thread_index() < CONSUMERS<TOKENS>) {
-        take_registers<REGISTERS<TOKENS>>();
+    if (thread_index() < CONSUMERS) {
+        take_registers<MANY<TOKENS>>();
         consume<T, TOKENS, Multiplier>(task, shared);
     } else {
-        leave_registers<BLOCKS<TOKENS> * GROUPS<TOKENS> == 2 ? 40 : 24>();
+        leave_registers<FEW<TOKENS>>();
         Source<TOKENS, ZEROS>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
     }
 #else
@@ -472,15 +470,16 @@ int64_t start(const Product& product, int64_t kind, void* stream) {
         constexpr int TOKENS = decltype(tile)::COUNT;
         const bool fp16 = kind == LLMQUANT_CUDA_FP16;
         Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens))};
-        const Boxes boxes = {product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, TOKENS, fp16};
+        const Boxes boxes = {product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, TOKENS,
+                             fp16};
         if (const int64_t error = map_boxes(boxes, &task.x)) return error;
         const int shift = product.weight.layout.shift;
-        void (*const kernel)(Task) = product.weight.zeros
-                                         ? fp16 ? kernel_of<Fp16, true, TOKENS>(shift) : kernel_of<Bf16, true, TOKENS>(shift)
-                                     : fp16 ? kernel_of<Fp16, false, TOKENS>(shift)
-                                            : kernel_of<Bf16, false, TOKENS>(shift);
+        void (*const kernel)(Task) =
+            product.weight.zeros ? fp16 ? kernel_of<Fp16, true, TOKENS>(shift) : kernel_of<Bf16, true, TOKENS>(shift)
+            : fp16               ? kernel_of<Fp16, false, TOKENS>(shift)
+                                 : kernel_of<Bf16, false, TOKENS>(shift);
         const int bytes = static_cast<int>(sizeof(Shared<TOKENS>));
-        return launch(kernel, {product.schedule.blocks, THREADS<TOKENS>, bytes, product.overlap, stream}, task);
+        return launch(kernel, {product.schedule.blocks, THREADS, bytes, product.overlap, stream}, task);
     });
 }
 

@@ -39,8 +39,8 @@ def generate(
     Raises:
         CheckpointError: the directory cannot be loaded, or has no tokenizer.
     """
-    # generate() is a mixin that the base class does not declare
-    model: Any = load(directory, precision=precision).to(device)
+    model: Any = load(directory, precision=precision)  # generate() is a mixin that the base class does not declare
+    model.to(device)
     tokenizer = load_tokenizer(directory)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]

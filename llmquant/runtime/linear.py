@@ -110,9 +110,10 @@ class QuantLinear(nn.Module):
         """Raises KeyError if a tensor is missing, CheckpointError if it is malformed."""
         m, n, name, layout = self.out_features, self.in_features, prefix.removesuffix("."), self.stored.format
         q = layout.unpack(name, state_dict, m, n, self.stored.scheme)
-        self.order = layout.order(name, state_dict, n, self.stored.scheme)
+        order = layout.order(name, state_dict, n, self.stored.scheme)
         if self.codes.device.type != "meta":
             q = Quantized(*(part.to(self.codes.device) for part in q))
+        self.order = None if order is None else order.to(q.codes.device)
         self._hold(kernels_for(q.codes.device.type, self.scheme.bits).pack(q, self.scheme))
         QuantLinear.changes += 1
         if self.bias is not None:

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from emulated_cuda import DEQUANTIZE, GEMM, GEMV, Emulator, Linear, Packed, Weight, random_weight
+from emulated_cuda import DEQUANTIZE, GEMM, GEMV, WGMMA, Emulator, Linear, Packed, Weight, random_weight
 
 from llmquant.scheme import Scheme
 
@@ -79,7 +79,9 @@ def test_slabs_are_inside_of_the_weight(emulator: Emulator, packed: Packed) -> N
 @pytest.mark.parametrize(
     ("capability", "paths"),
     [
-        (90, {1: GEMV, 8: GEMV, 9: GEMM, 512: GEMM, 513: DEQUANTIZE}),
+        (100, {1: GEMV, 8: GEMV, 9: GEMM, 512: GEMM, 513: DEQUANTIZE}),
+        (90, {1: GEMV, 8: GEMV, 9: WGMMA, 4096: WGMMA, 4097: DEQUANTIZE}),
+        (89, {8: GEMV, 9: GEMM, 256: GEMM, 257: DEQUANTIZE}),
         (80, {8: GEMV, 9: GEMM, 256: GEMM, 257: DEQUANTIZE}),
         (75, {1: OLD}),
     ],
@@ -88,3 +90,18 @@ def test_paths_by_tokens(emulator: Emulator, packed: Packed, capability: int, pa
     emulator.emulate(capability=capability)
     found = {tokens: emulator.call("path", ctypes.byref(linear(packed, tokens=tokens))) for tokens in paths}
     assert found == paths
+
+
+@pytest.mark.parametrize(("capability", "path"), [(90, WGMMA), (100, GEMV)])
+def test_the_path_of_a_large_weight(emulator: Emulator, packed: Packed, capability: int, path: int) -> None:
+    emulator.emulate(capability=capability)
+    sizes = {"rows": 1 << 14, "tokens": 1}
+    smaller, larger = (linear(packed, columns=n, x_stride=n, **sizes) for n in (1 << 13, (1 << 13) + 8))
+    assert emulator.call("path", ctypes.byref(smaller)) == GEMV
+    assert emulator.call("path", ctypes.byref(larger)) == path
+
+
+def test_wgmma_is_for_its_devices(emulator: Emulator, packed: Packed) -> None:
+    for capability, expected in {80: PATH, 90: WGMMA, 100: PATH}.items():
+        emulator.emulate(capability=capability)
+        assert emulator.call("path", ctypes.byref(linear(packed, tokens=20, path=WGMMA))) == expected

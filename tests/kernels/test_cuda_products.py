@@ -37,7 +37,8 @@ def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("scheme", SCHEMES[::3], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("path", "tokens"), [("gemv", 1), ("gemv", 5), ("gemv", 8), ("gemm", 9), ("gemm", 20), ("gemm", 33), ("gemm", 65)]
+    ("path", "tokens"),
+    [("gemv", 1), ("gemv", 5), ("gemv", 8), ("gemm", 9), ("gemm", 20), ("gemm", 33), ("gemm", 65)]
     + [("wgmma", tokens) for tokens in (3, 9, 20, 33, 65, 130)],
 )
 def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: torch.dtype, scheme: Scheme) -> None:
@@ -52,7 +53,8 @@ def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: t
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(
-    ("path", "tokens"), [("gemv", 1), ("gemv", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
+    ("path", "tokens"),
+    [("gemv", 1), ("gemv", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
     + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)],
 )
 def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) -> None:
@@ -67,7 +69,9 @@ def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) 
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
-@pytest.mark.parametrize(("path", "tokens"), [("gemv", 2), ("gemm", 16), ("gemm", 32), ("gemm", 64), ("gemm", 140)]
+@pytest.mark.parametrize(
+    ("path", "tokens"),
+    [("gemv", 2), ("gemm", 16), ("gemm", 32), ("gemm", 64), ("gemm", 140)]
     + [("wgmma", tokens) for tokens in (2, 16, 32, 64, 140)],
 )
 def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int, late: bool) -> None:

@@ -26,6 +26,7 @@ def test_kernels_compile_without_spills_and_with_their_instructions() -> None:
     assert done.stdout.rstrip().endswith(" 0 with problems")
     assert "stream<" in done.stdout
     assert "multiply_tiles<" in done.stdout
+    assert "multiply_groups<" in done.stdout
 
 
 def test_it_says_that_there_is_no_compiler(tmp_path: Path) -> None:
@@ -35,8 +36,8 @@ def test_it_says_that_there_is_no_compiler(tmp_path: Path) -> None:
 
 
 def test_problems_are_found() -> None:
-    counts = {"HMMA": 8, "LDSM": 2, "LDGSTS": 0, "LDG.128": 4, "local": 3}
-    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts, ahead=False)
+    counts = {"HMMA": 8, "HGMMA": 0, "LDSM": 2, "LDGSTS": 0, "LDG.128": 4, "UBLKCP": 2, "UTMALDG": 1, "local": 3}
+    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts, ahead=False, warned=False)
     assert kernel.problems("stream<Bf16, true>") == [
         "8 bytes of stack",
         "12 bytes spilled",
@@ -44,4 +45,8 @@ def test_problems_are_found() -> None:
         "no load before it waits",
         "no LDGSTS",
     ]
-    assert Kernel("80", "_Z4pack", 20, 0, 0, dict.fromkeys(counts, 0), ahead=True).problems("pack_codes") == []
+    none = dict.fromkeys(counts, 0)
+    assert Kernel("80", "_Z4pack", 20, 0, 0, none, ahead=True, warned=False).problems("pack_codes") == []
+    hopper = Kernel("90a", "_Z15multiply_groups", 20, 0, 0, none | {"UBLKCP": 1, "UTMALDG": 1}, ahead=True, warned=True)
+    assert hopper.problems("multiply_groups<Bf16, false, 64, 0>") == ["wgmma is serialized", "no HGMMA"]
+    assert hopper._replace(architecture="80", warned=False).problems("multiply_groups<Bf16, false, 64, 0>") == []
