@@ -22,6 +22,7 @@ from llmquant.display import Display, console, print_json, progress, results, sh
 from llmquant.errors import LlmquantError
 from llmquant.evaluate.commands import (
     DatasetName,
+    Device,
     Json,
     MaxMemory,
     MaxWindows,
@@ -124,7 +125,7 @@ def quantize(
     choices: MixedChoices = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file; options given here override it.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. (default: 0)")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     max_memory: Annotated[str | None, typer.Option(help="Refuse a run that needs more, as in 16GB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Drop an unfinished run and start anew.")] = False,
@@ -218,7 +219,7 @@ def sensitivity(
     choices: MixedChoices = None,
     true_kl: Annotated[bool, typer.Option("--true-kl", help="Measure each layer by itself, too.")] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the recommended recipe here.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -291,6 +292,7 @@ def compare(
     baseline: Annotated[Path | None, typer.Option(help="What the others are beside. (default: the first)")] = None,
     max_memory: MaxMemory = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second, too.")] = True,
+    device: Device = "auto",
     plot: Annotated[Path | None, typer.Option(help="Quality against bits: a .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -304,6 +306,7 @@ def compare(
             max_memory=parse_size(max_memory),
             speed=speed,
             noticed=noticed,
+            device=resolve_device(device),
         )
     if plot is not None:
         plot_entries(entries, plot)
@@ -319,7 +322,7 @@ def generate(
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     precision: Annotated[Precision, typer.Option(help="Of activations on the CPU; int8 is faster.")] = Precision.exact,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Print tokens per second and the kernel in use.")] = False,
     as_json: Json = False,
 ) -> None:

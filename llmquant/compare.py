@@ -57,6 +57,7 @@ def compare_checkpoints(
     max_memory: int | None = None,
     speed: bool = True,
     noticed: Callable[[float], None] = lambda part: None,
+    device: str = "cpu",
 ) -> list[Entry]:
     """Each checkpoint beside `baseline`, which is the first of them if not given and then has no divergence.
 
@@ -72,21 +73,22 @@ def compare_checkpoints(
     for directory in others:
         check_tokenizers(directory, load_tokenizer(directory), reference, text.content)
     windows = cut_for(reference, text, request, dtype)
-    original, *models = open_models([reference, *others], windows, dtype, max_memory, noticed)
+    original, *models = open_models([reference, *others], windows, dtype, max_memory, noticed, device)
     both = compare_all(models, original, windows)
     del original, models
     found = {reference: alone(reference, both[0].baseline)}
     found |= {directory: beside(directory, each) for directory, each in zip(others, both, strict=True)}
-    return [_entry(directory, found[directory], speed=speed) for directory in dict.fromkeys((reference, *directories))]
+    speed_on = device if speed else None
+    return [_entry(directory, found[directory], speed_on) for directory in dict.fromkeys((reference, *directories))]
 
 
-def _entry(directory: Path, found: Evaluation, *, speed: bool) -> Entry:
+def _entry(directory: Path, found: Evaluation, speed_on: str | None) -> Entry:
     facts = inspect_checkpoint(directory)
     entry = Entry(str(directory), facts["bytes"], facts["bits_per_weight"] or 0.0, found)
-    if not speed:
+    if speed_on is None:
         return entry
     vocab = int(Checkpoint.open(directory).config["vocab_size"])
-    (result,) = measure({entry.name: OfTransformers(load(directory))}, PROMPT, WRITTEN, vocab)
+    (result,) = measure({entry.name: OfTransformers(load(directory, device=speed_on))}, PROMPT, WRITTEN, vocab)
     return Entry(entry.name, entry.bytes, entry.bits_per_weight, found, *result[1:])
 
 

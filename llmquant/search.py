@@ -216,7 +216,9 @@ class Search:
         return replace(made, perplexity=found.value, increase=increase, interval=ends.get("increase"))
 
     def _read(self, directory: Path) -> Perplexity:
-        (model,) = open_models([directory], self._text, torch.float32, self._options.max_memory)
+        device = self._options.device
+        most = self._options.max_memory if device == "cpu" else None  # it is asked of this process, not of a GPU
+        (model,) = open_models([directory], self._text, torch.float32, most, device=device)
         return perplexity(model, self._text)
 
     def _clear(self, keep: Attempt | None = None) -> None:

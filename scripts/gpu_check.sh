@@ -69,7 +69,7 @@ sanitized() {
         -k "not triton and (whole_numbers or around)"
 }
 
-# A model quantized twice has the same bytes, and answers.
+# A model quantized twice has the same bytes, answers, and is measured.
 quantized() {
     local run
     model=$(mktemp -d)
@@ -80,7 +80,9 @@ quantized() {
             return
     done
     step same-bytes 20 cmp "$model/first/SHA256SUMS" "$model/second/SHA256SUMS" || return
-    step generate 60 "$python" -m llmquant.cli generate "$model/first" -p Hello --device cuda --stats
+    step generate 60 "$python" -m llmquant.cli generate "$model/first" -p Hello --device cuda --stats || return
+    step eval 60 "$python" -m llmquant.cli eval "$model/first" --baseline "$model/original" --text-file README.md \
+        --seq-len 128 --device cuda
 }
 
 workers=()
@@ -95,7 +97,8 @@ step runtime 60 "$python" -c 'from llmquant.native import describe_gpu_backend; 
 
 if [[ $parts == *kernels* ]]; then
     tests kernels tests/kernels/test_cuda_device.py tests/kernels/test_triton_linear.py \
-        tests/kernels/test_slabs.py tests/runtime/test_cuda_model.py tests/bench/test_gpu_bench.py &
+        tests/kernels/test_slabs.py tests/runtime/test_cuda_model.py tests/evaluate/test_cuda_evaluation.py \
+        tests/bench/test_gpu_bench.py &
     checks+=("$!")
     if command -v compute-sanitizer >/dev/null; then
         sanitized memcheck &

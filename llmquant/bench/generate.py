@@ -49,11 +49,13 @@ class OfTransformers:
         self._model = model
 
     def read(self, ids: Tensor) -> None:
-        self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        out = self._model(input_ids=ids.to(self._model.device), use_cache=True, logits_to_keep=1)
+        float(out.logits[0, -1, 0])  # a GPU has come so far when it can be read
 
     def write(self, ids: Tensor, count: int) -> None:
         told = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **told)
+        ids = ids.to(self._model.device)
+        self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **told).tolist()
 
 
 class OfLlamaCpp:

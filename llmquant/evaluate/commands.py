@@ -16,7 +16,7 @@ from llmquant.evaluate.run import Evaluation
 from llmquant.evaluate.run import evaluate as run_evaluation
 from llmquant.evaluate.tasks import Choice, run_tasks, side_by_side
 from llmquant.evaluate.text import NAMED
-from llmquant.options import parse_percent, parse_size
+from llmquant.options import parse_percent, parse_size, resolve_device
 
 
 class ProtocolName(str, Enum):
@@ -35,6 +35,7 @@ MaxWindows = Annotated[int | None, typer.Option(help="Stop after so many windows
 MaxMemory = Annotated[
     str | None, typer.Option(help="As in 4GB; models that do not fit pass layer by layer. (default: what is free)")
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -55,14 +56,16 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="The first samples of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each sample.")] = None,
     max_memory: MaxMemory = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity; against a baseline also KL divergence and agreement. Exit code 3: a gate does not hold."""
-    bound = parse_percent(max_increase)
+    bound, where = parse_percent(max_increase), resolve_device(device)
     if tasks is not None:
         if bound is not None or max_kl is not None or text_file or dataset:
             raise typer.BadParameter("--tasks is measured by itself; texts and gates go with another call")
-        ask(directory, baseline, Choice(tuple(tasks.split(",")), task_path, limit, num_fewshot), as_json=as_json)
+        choice = Choice(tuple(tasks.split(",")), task_path, limit, num_fewshot)
+        ask(directory, baseline, choice, where, as_json=as_json)
         return
     if (bound is not None or max_kl is not None) and baseline is None:
         raise typer.BadParameter("--max-increase and --max-kl compare with --baseline DIR; give it, too")
@@ -76,6 +79,7 @@ def evaluate(
             baseline=baseline,
             max_memory=parse_size(max_memory),
             noticed=noticed,
+            device=where,
         )
     asked = gates(result, bound, max_kl)
     if junit_file is not None:
@@ -88,9 +92,9 @@ def evaluate(
     require(asked)
 
 
-def ask(directory: Path, baseline: Path | None, choice: Choice, *, as_json: bool) -> None:
+def ask(directory: Path, baseline: Path | None, choice: Choice, device: str, *, as_json: bool) -> None:
     """Tasks of lm-eval, and beside them those of the original."""
-    found = [run_tasks(each, choice) for each in (directory, baseline) if each is not None]
+    found = [run_tasks(each, choice, device=device) for each in (directory, baseline) if each is not None]
     if as_json:
         beside = {"baseline": found[1].to_dict()} if baseline else {}
         print_json(found[0].to_dict() | beside)

@@ -26,36 +26,46 @@ def open_models(
     dtype: torch.dtype,
     max_memory: int | None = None,
     noticed: Callable[[float], None] = lambda part: None,
+    device: str = "cpu",
 ) -> list[Predictor]:
     """Models to be asked together: whole if all of them fit into memory, else layer by layer.
 
     Args:
-        max_memory: bytes that this process may have resident; what the machine has left if not given.
+        max_memory: bytes that this process may have resident, or take of a GPU; what is left there if not given.
         noticed: told each part of the work that is done; the parts add up to 1.
+        device: of torch, where the models compute.
 
     Raises:
         RecipeError: windows do not fit a model, or not even one layer fits into `max_memory`.
         CheckpointError: a directory cannot be opened, or its tokenizer gives ids that it does not know.
     """
     share = lambda part: noticed(part / len(directories))  # noqa: E731
-    fillings = [Filling(Checkpoint.open(directory), dtype) for directory in directories]
+    fillings = [Filling(Checkpoint.open(directory), dtype, device=device) for directory in directories]
     for directory, filling in zip(directories, fillings, strict=True):
         check_windows(directory, filling, text)
-    limit = psutil.virtual_memory().available if max_memory is None else max_memory - psutil.Process().memory_info().rss
+    left, taken = _memory(torch.device(device))
+    limit = left if max_memory is None else max_memory - taken
     longest = max(len(window.ids) for window in text.windows)
     vocab = max(filling.model.config.get_text_config().vocab_size for filling in fillings)
     heads = 2 * len(fillings) * longest * vocab * dtype.itemsize + 8 * WIDENED * PIECE + SPARE  # a window and the next
     if heads + sum(filling.nbytes(filling.names) for filling in fillings) <= limit:
-        return [Whole(load(directory, dtype), share) for directory in directories]
+        return [Whole(load(directory, dtype, device=device), share) for directory in directories]
     states = sum(f.model.config.get_text_config().hidden_size for f in fillings) * longest * dtype.itemsize
     fixed = heads + sum(_outside(filling) for filling in fillings) + max(_largest(filling) for filling in fillings)
     at_once = (limit - fixed) // (2 * states)  # a layer makes new ones of the old, and keeps some between
     if at_once < 1:
-        needed = fixed + 2 * states + psutil.Process().memory_info().rss
+        needed = fixed + 2 * states + taken
         raise RecipeError(
             f"--max-memory: one layer with one window needs about {needed / 1e9:.1f} GB; allow that, or lower --seq-len"
         )
-    return [Layered(directory, dtype, at_once, share) for directory in directories]
+    return [Layered(directory, dtype, at_once, share, device) for directory in directories]
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are left on a device, and that this process has taken there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available, psutil.Process().memory_info().rss
 
 
 def _layers(filling: Filling) -> list[str]:

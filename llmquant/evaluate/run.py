@@ -55,11 +55,12 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     max_memory: int | None = None,
     noticed: Callable[[float], None] = lambda part: None,
+    device: str = "cpu",
 ) -> Evaluation:
     """Perplexity of `directory` on a text file or a data set; with `baseline` also KL, agreement and overlap.
 
-    Models that do not fit into memory, or into `max_memory` bytes, pass the windows layer by layer; the numbers are
-    the same. `noticed` is told each part of the work that is done; the parts add up to 1.
+    Models that do not fit into the memory of `device`, or into `max_memory` bytes of it, pass the windows layer by
+    layer; the numbers are the same. `noticed` is told each part of the work that is done; the parts add up to 1.
 
     Raises:
         CheckpointError: a directory cannot be loaded, or the two do not share a tokenizer.
@@ -70,10 +71,10 @@ def evaluate(
     text = Source(text_file, dataset).read()
     windows = cut_for(directory, text, request, dtype)
     if baseline is None:
-        (model,) = open_models([directory], windows, dtype, max_memory, noticed)
+        (model,) = open_models([directory], windows, dtype, max_memory, noticed, device)
         return alone(directory, perplexity(model, windows))
     check_tokenizers(directory, load_tokenizer(directory), baseline, text.content)
-    model, reference = open_models([directory, baseline], windows, dtype, max_memory, noticed)
+    model, reference = open_models([directory, baseline], windows, dtype, max_memory, noticed, device)
     return beside(directory, compare(model, reference, windows))
 
 

@@ -44,7 +44,7 @@ class Scores:
         }
 
 
-def run_tasks(directory: Path, choice: Choice, dtype: torch.dtype = torch.float32) -> Scores:
+def run_tasks(directory: Path, choice: Choice, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Scores:
     """Ask lm-eval's questions of a checkpoint, packed or not.
 
     Raises:
@@ -58,7 +58,7 @@ def run_tasks(directory: Path, choice: Choice, dtype: torch.dtype = torch.float3
         raise RecipeError("--tasks: needs the lm-eval package; pip install 'llmquant[eval]'") from error
     names = list(choice.names)
     manager = _manager(names, choice.path)
-    host = HFLM(pretrained=load(directory, dtype), tokenizer=load_tokenizer(directory))
+    host = HFLM(pretrained=load(directory, dtype, device=device), tokenizer=load_tokenizer(directory))
     try:
         found = lm_eval.simple_evaluate(
             host, tasks=names, task_manager=manager, limit=choice.limit, num_fewshot=choice.fewshot

@@ -39,8 +39,8 @@ def generate(
     Raises:
         CheckpointError: the directory cannot be loaded, or has no tokenizer.
     """
-    model: Any = load(directory, precision=precision)  # generate() is a mixin that the base class does not declare
-    model.to(device)
+    # generate() is a mixin that the base class does not declare
+    model: Any = load(directory, precision=precision, device=device)
     tokenizer = load_tokenizer(directory)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]

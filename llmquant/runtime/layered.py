@@ -19,7 +19,7 @@ class Layered:
     """The logits of a model of which one layer, or what is outside of all layers, is in memory at a time.
 
     They are those of the whole model, bit for bit: the same modules compute them. What lives on from layer to layer is
-    one hidden state for each token of the windows.
+    one hidden state for each token of the windows, on the CPU.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Layered:
         dtype: torch.dtype | None = None,
         at_once: int | None = None,
         noticed: Callable[[float], None] = lambda part: None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Let `at_once` windows pass together, all of them if not given; each time the checkpoint is read.
 
@@ -37,7 +38,7 @@ class Layered:
         """
         self.name = str(directory)
         self._source, self._dtype, self._at_once = Checkpoint.open(directory), dtype, at_once
-        self._noticed = noticed
+        self._noticed, self._device = noticed, device
 
     def logits(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
         """The logits [T, vocab] of each window [T], in order.
@@ -50,7 +51,7 @@ class Layered:
 
     @torch.no_grad()
     def _pass(self, windows: Sequence[Tensor], of: int) -> Iterator[Tensor]:
-        filling = Filling(self._source, self._dtype)
+        filling = Filling(self._source, self._dtype, device=self._device)
         layers = derive_layout(filling.model.config).layers
         stream = Stream(filling, layers, tuple(Batch(ids[None], torch.ones_like(ids[None]).bool()) for ids in windows))
         for layer in layers:
@@ -61,7 +62,7 @@ class Layered:
         inside = tuple(f"{layer.name}." for layer in layers)
         filling.fill(name for name in filling.names if not name.startswith(inside))
         filling.model.tie_weights()
-        for states in stream.hidden:
+        for states in (each.to(filling.device) for each in stream.hidden):
             for layer in layers:  # what the model does to states before its first layer, it has done already
                 _return(states, layer, stream.module(layer))
             yield filling.model(inputs_embeds=states, use_cache=False).logits[0]

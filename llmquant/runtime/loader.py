@@ -20,13 +20,18 @@ from llmquant.kernels.cpu import PLANES
 from llmquant.model.shell import StoredTensors, empty_model, place, read_config, tied_names
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
-from llmquant.scheme import Scheme
+from llmquant.scheme import Quantized, Scheme
 
 GENERATION = "generation_config.json"
 
 
-def load(directory: str | Path, dtype: torch.dtype | None = None, precision: str = "exact") -> PreTrainedModel:
-    """The causal language model of a checkpoint, quantized or not, on the CPU and in eval mode.
+def load(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    precision: str = "exact",
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The causal language model of a checkpoint, quantized or not, on a device of torch and in eval mode.
 
     `dtype` is that of activations and of all that is not quantized; the checkpoint's own if not given.
     `precision` is that of products with packed weights on the CPU: "exact", which errs less than bf16 does, or "int8".
@@ -37,7 +42,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, precision: str
         ArchitectureError: transformers does not know the model.
         NumericsError: a tensor holds NaN or Inf.
     """
-    filling = Filling(Checkpoint.open(directory), dtype, precision)
+    filling = Filling(Checkpoint.open(directory), dtype, precision, device)
     filling.fill(filling.names)
     model = filling.model
     model.tie_weights()
@@ -61,9 +66,13 @@ class Filling:
         device: where its tensors go.
     """
 
-    device = torch.device("cpu")
-
-    def __init__(self, source: Checkpoint, dtype: torch.dtype | None, precision: str = "exact") -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        dtype: torch.dtype | None,
+        precision: str = "exact",
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Raises what `load` raises, but for what is wrong with a tensor."""
         if precision not in PLANES:
             raise RecipeError(f"precision: {precision!r} is none; use one of {', '.join(PLANES)}")
@@ -71,7 +80,10 @@ class Filling:
         self.source = source
         self._stored = stored_dtype(config)  # of the original model, in which the scales are exact
         self._dtype, self._precision = dtype or self._stored, precision
+        self.device = torch.device(device)
         self.model = empty_model(config)
+        for name, buffer in self.model.named_buffers():  # those that are computed, and need no filling
+            place(self.model, name, buffer.to(self.device))
         self.model.config.dtype = self._dtype
         use_attention(self.model)
         tied = tied_names(self.model)
@@ -91,7 +103,7 @@ class Filling:
             if linear in self._schemes:
                 self._quantize(linear)
             else:
-                _place(self.model, name, self._tensors[name], self._dtype)
+                _place(self.model, name, self._tensors[name].to(self.device), self._dtype)
 
     @contextmanager
     def filled(self, names: list[str]) -> Iterator[None]:
@@ -130,8 +142,9 @@ class Filling:
         linear: Any = self.model.get_submodule(name)
         scheme = self._schemes[name]
         m, n = linear.out_features, linear.in_features
-        q = self._layout.unpack(name, self._tensors, m, n, scheme)
+        q = Quantized(*(part.to(self.device) for part in self._layout.unpack(name, self._tensors, m, n, scheme)))
         order = self._layout.order(name, self._tensors, n, scheme)
+        order = None if order is None else order.to(self.device)
         stored = Stored(self._layout, scheme, self._stored)
         packed = QuantLinear.from_quantized(q, scheme, linear.bias, stored, order)
         packed.precision = self._precision

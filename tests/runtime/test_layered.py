@@ -48,8 +48,8 @@ def test_no_layer_stays_in_memory(tiny_checkpoint, monkeypatch):
     made = []
 
     class Filling(layered.Filling):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: object, **named: object) -> None:
+            super().__init__(*arguments, **named)
             made.append(self.model)
 
     monkeypatch.setattr(layered, "Filling", Filling)
