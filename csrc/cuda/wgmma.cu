@@ -151,8 +151,9 @@ template <int TOKENS>
 struct Part {
     int thread = thread_index();  // of those that multiply
     int lane = thread % LANES, warp = thread / LANES % 4, group = thread / LANES / 4;
-    int tile = warp % TILES<TOKENS>;
-    int word = (group * (4 / TILES<TOKENS>)+warp / TILES<TOKENS>)*OWN<TOKENS>;  // the first that is its own
+    static constexpr int COUNT = TILES<TOKENS>, EACH = OWN<TOKENS>;
+    int tile = warp % COUNT;
+    int word = (group * (4 / COUNT) + warp / COUNT) * EACH;  // the first that is its own
 
     // In the block's tile.
     __device__ int row(int j, int r) const { return tile * TILE + 16 * (word + j) + sum_row(lane, r); }
@@ -302,6 +303,7 @@ struct Raw {
                     await_groups<DEPTH - 1>();
                 }
             }
+            sync_warp();  // all lanes have read its scales
             if (part.lane == 0) arrive(&shared.empty[place.stage]);
             place.advance();
         }

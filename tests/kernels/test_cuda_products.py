@@ -72,12 +72,15 @@ def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) 
 @pytest.mark.parametrize(
     ("path", "tokens"),
     [("gemv", 2), ("gemm", 16), ("gemm", 32), ("gemm", 64), ("gemm", 140)]
-    + [("wgmma", tokens) for tokens in (2, 16, 32, 64, 140)],
+    + [("wgmma", tokens) for tokens in (2, 16, 32, 64, 70, 140)],
 )
-def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int, late: bool) -> None:
-    scheme = Scheme(4, 32, symmetric=False)
-    for (m, n), processors in {(256, 640): 1, (256, 256): 7, (640, 128): 1}.items():
-        if tokens > 64 and n > 256:
+@pytest.mark.parametrize("group", [32, 128])
+def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int, group: int, late: bool) -> None:
+    scheme = Scheme(4, group, symmetric=False)
+    # The long ones go around in every ring of stages.
+    shapes = {(256, 640): 1, (256, 256): 7, (640, 128): 1, (128, 640): 1, (128, 2100): 1}
+    for (m, n), processors in shapes.items():
+        if tokens > 64 and m * n > 100_000:
             continue  # for time's sake
         q, x = random_weight(scheme, m, n), random_x(tokens, n, torch.bfloat16)
         packed = emulator.pack(q, scheme, x.dtype)
