@@ -76,7 +76,7 @@ def pack(q: Quantized, scheme: Scheme) -> Packed:
         _arena(codes.device, 0)  # now, so that it is there before a graph is captured
         weight = _weight(packed, m, n, scheme)
         _library().call("pack", ctypes.byref(weight), *map(_pointer, parts), _library().stream(codes))
-        codes[:1].clone()  # what a product may overlap with has to come after the packing, and not be it
+        codes[:1].clone()  # a product may begin before what is just before it has ended: that must not be the packing
     return packed
 
 

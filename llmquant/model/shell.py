@@ -31,8 +31,10 @@ def read_config(source: Checkpoint) -> PretrainedConfig:
     return config
 
 
-def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model with parameters on the meta device and computed buffers in place.
+def empty_model(
+    config: PretrainedConfig, *, trust_remote_code: bool = False, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The causal language model with parameters on the meta device and computed buffers on `device`.
 
     Raises:
         ArchitectureError: transformers has no causal language model for this configuration.
@@ -43,6 +45,8 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise ArchitectureError(f"{config.model_type}: cannot build a causal language model: {reason}") from error
+    for name, buffer in model.named_buffers():
+        place(model, name, buffer.to(device))
     return model.eval()
 
 
@@ -60,9 +64,7 @@ class Shell:
         self.device = torch.device(device)
         self.dtype = dtype
         self.config = read_config(source)
-        self.model = empty_model(self.config, trust_remote_code=source.trust_remote_code)
-        for name, buffer in self.model.named_buffers():
-            place(self.model, name, buffer.to(self.device))
+        self.model = empty_model(self.config, trust_remote_code=source.trust_remote_code, device=device)
         self.names = checkpoint_names(self.model, source)
         embedding = self.model.get_input_embeddings()
         self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)

@@ -81,9 +81,7 @@ class Filling:
         self._stored = stored_dtype(config)  # of the original model, in which the scales are exact
         self._dtype, self._precision = dtype or self._stored, precision
         self.device = torch.device(device)
-        self.model = empty_model(config)
-        for name, buffer in self.model.named_buffers():  # those that are computed, and need no filling
-            place(self.model, name, buffer.to(self.device))
+        self.model = empty_model(config, device=device)
         self.model.config.dtype = self._dtype
         use_attention(self.model)
         tied = tied_names(self.model)
