@@ -40,9 +40,9 @@ class Tile(NamedTuple):
 # For up to so many tokens. Not measured yet: tiles that fill registers without spilling, by the compiler's count.
 DEFAULTS = {16: Tile(64, 16, 4, 4), 32: Tile(64, 32, 4, 4), 64: Tile(64, 64, 4, 4), 1 << 62: Tile(128, 64, 8, 3)}
 
-# For more tokens than so many, by the major compute capability, torch multiplies a dequantized weight. For Hopper that is
-# where the kernel, measured on an H200, takes longer than cuBLAS and what dequantizing adds to it; for others it is not
-# measured yet.
+# For more tokens than so many, by the major compute capability, torch multiplies a dequantized weight. On Hopper
+# because the kernel then takes longer than cuBLAS and what dequantizing adds to it, as measured on an H200; for others
+# it is not measured yet.
 MOST_TOKENS = {8: 256, 9: 64}
 MOST_ELSEWHERE = 256
 
