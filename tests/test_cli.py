@@ -183,7 +183,10 @@ def test_sensitivity_recommends_a_recipe_that_quantize_takes(tiny_checkpoint: Pa
         (["eval", "{model}"], 1, "--text-file"),
         (["eval", "{model}", "--text-file", "none.txt"], 1, "none.txt"),
         (["eval", "{model}", "--max-increase", "5%"], 2, "--baseline"),
+        (["eval", "{model}", "--device", "tpu"], 2, "use auto, cpu, cuda"),
+        (["compare", "{model}", "{out}", "--device", "tpu"], 2, "use auto, cpu, cuda"),
         (["generate", "/nowhere", "-p", "x"], 1, "/nowhere"),
+        (["generate", "{model}", "-p", "x", "--device", "tpu"], 2, "use auto, cpu, cuda"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
