@@ -1,6 +1,6 @@
 """Products with many tokens on a GPU: slabs of the weight, dequantized one after the other and multiplied by torch.
 
-A slab is small, and still large enough to fill the device: on an H200 slabs of 64 MB are a tenth faster than of 16.
+A slab is small, and still large enough to fill the device: for 1024 tokens on an H200 64 MB are a tenth faster than 16.
 """
 
 from collections.abc import Callable
