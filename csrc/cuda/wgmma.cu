@@ -145,6 +145,8 @@ struct Source {
 
 template <int TOKENS>
 using Sums = float[OWN<TOKENS>][TOKENS / 2];
+template <int TOKENS>
+using Numbers = uint32_t[OWN<TOKENS>][4];  // matrices A of a step
 
 // Where a thread stands.
 template <int TOKENS>
@@ -192,14 +194,17 @@ __device__ __forceinline__ uint64_t x_of(uint64_t stage, int step) {
 // Numbers with scales and zeros, rounded once: tokens are many.
 template <class T, bool ZEROS, int TOKENS>
 struct Scaled {
+    static constexpr bool DRAINS = false;  // whether all that was begun has ended when a chunk does
     struct Grid {
         uint32_t scales[OWN<TOKENS>][2];  // each twice
         Offsets offsets[OWN<TOKENS>][2];
     } grid;
 
-    __device__ __forceinline__ void load(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group) {
-        const auto scales = scales_of(stage, part, group);
-        const uint32_t zeros = zeros_of<ZEROS>(stage, part, group);
+    __device__ __forceinline__ void begin_step(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int shift,
+                                               int step) {
+        if (step % 2) return;  // no group is shorter
+        const auto scales = scales_of(stage, part, step >> shift);
+        const uint32_t zeros = zeros_of<ZEROS>(stage, part, step >> shift);
 #pragma unroll
         for (int j = 0; j < OWN<TOKENS>; ++j)
 #pragma unroll
@@ -219,48 +224,46 @@ struct Scaled {
         }
     }
 
-    __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int shift, int chunks,
-                                             Place<TOKENS>& place, Sums<TOKENS>& sums) {
-        int before = 0;  // the stage
-#pragma unroll 1
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            const Stage<TOKENS>& stage = shared.stages[place.stage];
-            await_phase(&shared.full[place.stage], place.parity);
-            const uint64_t x = matrix_of(stage.x);
-            uint32_t a[DEPTH][OWN<TOKENS>][4];
-            auto codes = codes_of(stage, part, 0);
+    __device__ __forceinline__ void multiply(const Numbers<TOKENS>& a, uint64_t x, int, Sums<TOKENS>& sums) {
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                if (step % 2 == 0) load(stage, part, step >> shift);  // no group is shorter
-                const auto next = step + 1 < STEPS ? codes_of(stage, part, step + 1) : codes;
-#pragma unroll
-                for (int j = 0; j < OWN<TOKENS>; ++j) to_numbers(codes.word[j], j, a[step % DEPTH][j]);
-                codes = next;
-                begin_group();
-#pragma unroll
-                for (int j = 0; j < OWN<TOKENS>; ++j)
-                    multiply_add_group<T, TOKENS>(sums[j], a[step % DEPTH][j], x_of<TOKENS>(x, step), true);
-                commit_group();
-                await_groups<DEPTH - 1>();  // whose numbers make room for the next
-                if (step == DEPTH - 2 && chunk > 0 && part.lane == 0) arrive(&shared.empty[before]);
-            }
-            before = place.stage;
-            place.advance();
-        }
-        await_groups<0>();
-        if (part.lane == 0) arrive(&shared.empty[before]);
+        for (int j = 0; j < OWN<TOKENS>; ++j) multiply_add_group<T, TOKENS>(sums[j], a[j], x, true);
+    }
+
+    __device__ __forceinline__ void end_step(const Stage<TOKENS>&, const Part<TOKENS>&, int, Sums<TOKENS>&) {
+        await_groups<DEPTH - 1>();  // whose numbers make room for the next
     }
 };
 
 // Codes above a constant, and all else on the sums of a group: tokens are few.
 template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
 struct Raw {
+    static constexpr bool DRAINS = true;
     float fresh[OWN<TOKENS>][TOKENS / 2], x_sums[TOKENS / 2];
 
-    __device__ __forceinline__ void add(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group,
-                                        Sums<TOKENS>& sums) {
-        const auto scales = scales_of(stage, part, group);
-        const uint32_t zeros = zeros_of<ZEROS>(stage, part, group);
+    __device__ __forceinline__ void begin_step(const Stage<TOKENS>&, const Part<TOKENS>&, int, int) const {}
+
+    __device__ __forceinline__ void to_numbers(uint32_t word, int, uint32_t (&a)[4]) const {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) a[r] = T::raw(word, r, merge);
+    }
+
+    __device__ __forceinline__ void multiply(const Numbers<TOKENS>& a, uint64_t x, int step, Sums<TOKENS>&) {
+        const uint32_t ones[4] = {T::ONE, T::ONE, T::ONE, T::ONE};
+        const bool adds = step % GROUP_STEPS != 0;
+#pragma unroll
+        for (int j = 0; j < OWN<TOKENS>; ++j) multiply_add_group<T, TOKENS>(fresh[j], a[j], x, adds);
+        multiply_add_group<T, TOKENS>(x_sums, ones, x, adds);
+    }
+
+    __device__ __forceinline__ void end_step(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int step,
+                                             Sums<TOKENS>& sums) {
+        if ((step + 1) % GROUP_STEPS != 0) {
+            await_groups<DEPTH - 1>();
+            return;
+        }
+        await_groups<0>();
+        const auto scales = scales_of(stage, part, step / GROUP_STEPS);
+        const uint32_t zeros = zeros_of<ZEROS>(stage, part, step / GROUP_STEPS);
 #pragma unroll
         for (int j = 0; j < OWN<TOKENS>; ++j)
 #pragma unroll
@@ -270,45 +273,48 @@ struct Raw {
                 sums[j][i] += to_float<T>(scales.word[j] >> 16 * b) * (fresh[j][i] - excess * x_sums[i]);
             }
     }
-
-    __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int, int chunks,
-                                             Place<TOKENS>& place, Sums<TOKENS>& sums) {
-        const uint32_t ones[4] = {T::ONE, T::ONE, T::ONE, T::ONE};
-#pragma unroll 1
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            const Stage<TOKENS>& stage = shared.stages[place.stage];
-            await_phase(&shared.full[place.stage], place.parity);
-            const uint64_t x = matrix_of(stage.x);
-            uint32_t a[DEPTH][OWN<TOKENS>][4];
-            auto codes = codes_of(stage, part, 0);
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                const auto next = step + 1 < STEPS ? codes_of(stage, part, step + 1) : codes;
-#pragma unroll
-                for (int j = 0; j < OWN<TOKENS>; ++j)
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) a[step % DEPTH][j][r] = T::raw(codes.word[j], r, merge);
-                codes = next;
-                const bool adds = step % GROUP_STEPS != 0;
-                begin_group();
-#pragma unroll
-                for (int j = 0; j < OWN<TOKENS>; ++j)
-                    multiply_add_group<T, TOKENS>(fresh[j], a[step % DEPTH][j], x_of<TOKENS>(x, step), adds);
-                multiply_add_group<T, TOKENS>(x_sums, ones, x_of<TOKENS>(x, step), adds);
-                commit_group();
-                if ((step + 1) % GROUP_STEPS == 0) {
-                    await_groups<0>();
-                    add(stage, part, step / GROUP_STEPS, sums);
-                } else {
-                    await_groups<DEPTH - 1>();
-                }
-            }
-            sync_warp();  // all lanes have read its scales
-            if (part.lane == 0) arrive(&shared.empty[place.stage]);
-            place.advance();
-        }
-    }
 };
+
+template <class T, int TOKENS, class Multiplier>
+__device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int shift, int chunks,
+                                         Place<TOKENS>& place, Sums<TOKENS>& sums) {
+    const auto release = [&](int stage) {
+        if (part.lane == 0) arrive(&shared.empty[stage]);
+    };
+    Multiplier multiplier;
+    int before = 0;  // the stage
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const Stage<TOKENS>& stage = shared.stages[place.stage];
+        await_phase(&shared.full[place.stage], place.parity);
+        const uint64_t x = matrix_of(stage.x);
+        Numbers<TOKENS> a[DEPTH];
+        auto codes = codes_of(stage, part, 0);
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            multiplier.begin_step(stage, part, shift, step);
+            const auto next = step + 1 < STEPS ? codes_of(stage, part, step + 1) : codes;
+#pragma unroll
+            for (int j = 0; j < OWN<TOKENS>; ++j) multiplier.to_numbers(codes.word[j], j, a[step % DEPTH][j]);
+            codes = next;
+            begin_group();
+            multiplier.multiply(a[step % DEPTH], x_of<TOKENS>(x, step), step, sums);
+            commit_group();
+            multiplier.end_step(stage, part, step, sums);
+            if (!Multiplier::DRAINS && step == DEPTH - 2 && chunk > 0) release(before);
+        }
+        if (Multiplier::DRAINS) {
+            sync_warp();  // all lanes have read its scales
+            release(place.stage);
+        }
+        before = place.stage;
+        place.advance();
+    }
+    if (!Multiplier::DRAINS) {
+        await_groups<0>();
+        release(before);
+    }
+}
 
 // Leaves this block's sums in the workspace; the last block of the tile finds in `sums` those of all, and true.
 template <int TOKENS>
@@ -381,8 +387,8 @@ __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared
     for (int done = 0; done < units_of(product.schedule, block_index());) {
         const Segment segment = segment_at(product.schedule, block_index(), done);
         Sums<TOKENS> sums = {};
-        Multiplier().multiply(shared, Part<TOKENS>(), product.weight.layout.shift, segment.end - segment.begin, place,
-                              sums);
+        multiply<T, TOKENS, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
+                                        segment.end - segment.begin, place, sums);
         if (is_whole(product.schedule, segment) || add_blocks<TOKENS>(product, segment, shared, sums))
             write<T, TOKENS>(product, segment.tile / task.token_tiles, segment.tile % task.token_tiles, sums);
         done += segment.end - segment.begin;
