@@ -10,22 +10,11 @@
 // that are used while wgmma still reads or writes them.
 #pragma once
 
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <numeric>
-#include <random>
-#include <string>
-#include <utility>
-#include <vector>
 
 #include "device.h"
+#include "emulated_machine.h"
 #include "emulated_numbers.h"
 #include "llmquant_cuda.h"
 
@@ -34,176 +23,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define LLMQUANT_WGMMA
 
 namespace llmquant::cuda {
-
-using std::max;
-using std::min;
-
-using Barrier = uint64_t;
-using BoxMap = Boxes;
-
-struct Device {
-    int processors, capability;
-};
-
-struct Launch {
-    int64_t blocks;
-    int threads;
-    int shared_bytes;
-    bool overlap;
-    void* stream;
-};
-
-namespace emulated {
-
-constexpr int64_t STACK = 128 * 1024;
-constexpr int MOST_SHARED = 227 * 1024;   // of a block, on sm_90
-constexpr int OTHERS_SHARED = 99 * 1024;  // on the smallest device that is served (sm_86)
-
-// Copies of one thread that are on their way, in groups.
-struct Copy {
-    void* to;
-    const void* from;
-    int bytes;
-};
-
-// What the copy engine has yet to write, and the mbarriers that it does so for.
-struct Phase {
-    int arrivals, arrived = 0, parity = 0;
-    int64_t bytes = 0;  // yet to come
-    std::vector<std::function<void()>> copies;
-
-    // Every arrival and every byte is there.
-    void settle() {
-        if (arrived < arrivals || bytes != 0) return;
-        arrived = 0;
-        parity ^= 1;
-    }
-};
-
-struct Thread {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    bool ended = false;
-    std::vector<std::vector<Copy>> groups;
-};
-
-// Where threads wait for each other.
-struct Meeting {
-    int arrived = 0;
-    int64_t round = 0;
-    void* operands[LANES] = {};
-};
-
-struct Machine {
-    Device device = {2, 90};
-    uint32_t seed = 0;
-    bool late = false;  // copies arrive when they are waited for
-
-    std::vector<Thread> threads;
-    std::vector<Meeting> warps;
-    Meeting everyone, some;
-    std::map<const Barrier*, Phase> barriers;
-    ucontext_t scheduler;
-    int running = 0, block = 0;
-    alignas(1024) unsigned char shared[MOST_SHARED];
-    int shared_bytes = 0;
-    int worst_conflict = 0;  // of ldmatrix: rows of one matrix in the same banks; 1 is none
-    std::string failure;
-    int64_t steps = 0;  // of the scheduler: when nothing moves on any more, threads wait for each other forever
-};
-
-inline Machine& machine() {
-    static Machine one;
-    return one;
-}
-
-inline void yield() {
-    Machine& m = machine();
-    swapcontext(&m.threads[static_cast<std::size_t>(m.running)].context, &m.scheduler);
-}
-
-inline void fail(const char* what) {
-    if (machine().failure.empty()) machine().failure = what;
-    for (;;) yield();
-}
-
-inline void expect_aligned(const void* pointer) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("an access of 16 bytes is not aligned");
-}
-
-// Waits until `members` threads are here; the last one does `work` for all.
-template <class Work>
-void meet(Meeting& meeting, int members, Work work) {
-    if (++meeting.arrived == members) {
-        meeting.arrived = 0;
-        work();
-        ++meeting.round;
-        machine().steps = 0;
-        return;
-    }
-    for (const int64_t round = meeting.round; meeting.round == round;) yield();
-}
-
-template <class Operands, class Work>
-void meet_warp(Operands& own, Work work) {
-    Machine& m = machine();
-    Meeting& warp = m.warps[static_cast<std::size_t>(m.running / LANES)];
-    warp.operands[m.running % LANES] = &own;
-    meet(warp, LANES, [&] { work(reinterpret_cast<Operands**>(warp.operands)); });
-}
-
-// Runs `body` in every thread of one block.
-template <class Body>
-void run_block(const Launch& launch, const Body& body, std::mt19937& random) {
-    Machine& m = machine();
-    const auto count = static_cast<std::size_t>(launch.threads);
-    std::memset(m.shared, 0xff, sizeof m.shared);
-    m.warps.assign(count / LANES, Meeting());
-    m.everyone = m.some = Meeting();
-    m.barriers.clear();
-    if (m.threads.size() < count) m.threads.resize(count);
-
-    static const Body* current;
-    current = &body;
-    for (std::size_t i = 0; i < count; ++i) {
-        Thread& thread = m.threads[i];
-        if (!thread.stack) thread.stack.reset(new char[STACK]);
-        thread.ended = false;
-        thread.groups.assign(1, {});
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = STACK;
-        thread.context.uc_link = nullptr;
-        makecontext(
-            &thread.context,
-            +[] {
-                (*current)();
-                machine().threads[static_cast<std::size_t>(machine().running)].ended = true;
-                yield();
-            },
-            0);
-    }
-    std::vector<int> order(count);
-    std::iota(order.begin(), order.end(), 0);
-    if (m.seed) std::shuffle(order.begin(), order.end(), random);
-    for (bool going = true; going && m.failure.empty();) {
-        going = false;
-        for (const int index : order) {
-            Thread& thread = m.threads[static_cast<std::size_t>(index)];
-            if (thread.ended || !m.failure.empty()) continue;
-            going = true;
-            m.running = index;
-            swapcontext(&m.scheduler, &thread.context);
-            if (thread.ended) m.steps = 0;
-        }
-        if (++m.steps > 4) m.failure = "threads wait for others that never come";
-    }
-}
-
-}  // namespace emulated
 
 inline int thread_index() { return emulated::machine().running; }
 inline int block_index() { return emulated::machine().block; }
@@ -217,6 +38,11 @@ inline void sync_warp() {
     int none = 0;
     emulated::meet_warp(none, [](int**) {});
 }
+template <int THREADS>
+void sync_threads() {
+    emulated::meet(emulated::machine().some, THREADS, [] {});
+}
+
 inline void fence() {}
 
 inline float shuffle(float value, int lane, int width) {
@@ -330,142 +156,6 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
             }
     });
 }
-
-namespace emulated {
-
-inline Phase& phase_of(const Barrier* barrier) {
-    const auto found = machine().barriers.find(barrier);
-    if (found == machine().barriers.end()) fail("an mbarrier that has not begun");
-    return found->second;
-}
-
-inline void expect_shared(const void* to, int64_t bytes, int64_t aligned) {
-    const auto place = static_cast<const unsigned char*>(to) - machine().shared;
-    if (place < 0 || place + bytes > machine().shared_bytes) fail("a copy outside of shared memory");
-    if (place % aligned) fail("a copy to where none can go");
-}
-
-// A copy that `barrier` is told of: at once, or when somebody waits there.
-inline void start_copy(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
-    Phase& phase = phase_of(barrier);
-    const auto arrive = [copy = std::move(copy), bytes, &phase] {
-        copy();
-        phase.bytes -= bytes;
-        phase.settle();
-        machine().steps = 0;
-    };
-    if (machine().late)
-        phase.copies.push_back(arrive);
-    else
-        arrive();
-}
-
-}  // namespace emulated
-
-inline void begin_barrier(Barrier* barrier, int arrivals) {
-    emulated::machine().barriers[barrier] = emulated::Phase{arrivals, 0, 0, 0, {}};
-}
-inline void fence_barriers() {}
-inline void expect_bytes(Barrier* barrier, int bytes) {
-    emulated::Phase& phase = emulated::phase_of(barrier);
-    phase.bytes += bytes;
-    ++phase.arrived;
-    phase.settle();
-    emulated::machine().steps = 0;
-}
-inline void arrive(Barrier* barrier) { expect_bytes(barrier, 0); }
-inline void await_phase(Barrier* barrier, int parity) {
-    emulated::Phase& phase = emulated::phase_of(barrier);
-    while (phase.parity == parity) {
-        for (const auto& copy : std::exchange(phase.copies, {})) copy();
-        if (phase.parity == parity) emulated::yield();
-    }
-}
-
-inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, uint64_t) {
-    emulated::expect_shared(to, bytes, 16);
-    emulated::expect_aligned(from);
-    if (bytes <= 0 || bytes % 16) emulated::fail("a copy of no possible size");
-    emulated::start_copy(barrier, bytes, [=] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
-}
-
-inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
-    const int row = 2 * map.box_columns;  // bytes
-    emulated::expect_shared(to, int64_t{row} * map.box_tokens, 1024);
-    if (row != 128) emulated::fail("a box of another width than its swizzle has");
-    emulated::start_copy(barrier, int64_t{row} * map.box_tokens, [=] {
-        for (int t = 0; t < map.box_tokens; ++t)
-            for (int c = 0; c < map.box_columns; ++c) {
-                const bool there = token + t < map.tokens && column + c < map.columns;
-                const uint16_t number = there ? map.from[(token + t) * map.stride + column + c] : 0;
-                std::memcpy(static_cast<char*>(to) + t * row + ((c / 8 ^ t % 8) * 16 + c % 8 * 2), &number, 2);
-            }
-    });
-}
-
-inline void prefetch_map(const BoxMap&) {}
-
-inline int64_t map_boxes(const Boxes& boxes, BoxMap* map) {
-    *map = boxes;
-    return 0;
-}
-
-template <int THREADS>
-void sync_threads() {
-    emulated::meet(emulated::machine().some, THREADS, [] {});
-}
-
-// PTX ISA, "Matrix descriptor": units of 16 bytes; the swizzle of 128 bytes exchanges bits 4..6 of an address with
-// themselves and bits 7..9.
-inline uint64_t matrix_of(const void* boxes) {
-    const auto place = static_cast<const unsigned char*>(boxes) - emulated::machine().shared;
-    return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | static_cast<uint64_t>(place) >> 4;
-}
-inline uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + static_cast<uint64_t>(bytes >> 4); }
-
-inline void begin_group() {}
-inline void commit_group() {}
-template <int PENDING>
-void await_groups() {}
-
-// PTX ISA, "Register fragments for wgmma.m64nNk16": a warp's 16 rows of A and of D.
-template <class T, int TOKENS>
-void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b, bool adds) {
-    struct Operands {
-        float* c;
-        const uint32_t* a;
-        uint64_t b;
-        bool adds;
-    } own = {c, a, b, adds};
-    emulated::meet_warp(own, [](Operands** all) {
-        double A[16][16], B[16][TOKENS];
-        for (int lane = 0; lane < LANES; ++lane)
-            for (int i = 0; i < 8; ++i)
-                A[(lane >> 2) + 8 * (i >> 1 & 1)][lane % 4 * 2 + (i & 1) + 8 * (i >> 2)] =
-                    emulated::decoded(all[lane]->a[i / 2] >> 16 * (i % 2) & 0xffff, T());
-        const uint64_t matrix = all[0]->b, eight_rows = (matrix >> 32 & 0x3fff) << 4;
-        for (int n = 0; n < TOKENS; ++n)
-            for (int k = 0; k < 16; ++k) {
-                uint64_t at = ((matrix & 0x3fff) << 4) + n / 8 * eight_rows + n % 8 * 128 + 2 * k;
-                at ^= (at >> 7 & 7) << 4;
-                uint16_t number;
-                std::memcpy(&number, emulated::machine().shared + at, 2);
-                B[k][n] = emulated::decoded(number, T());
-            }
-        for (int lane = 0; lane < LANES; ++lane)
-            for (int i = 0; i < TOKENS / 2; ++i) {
-                const int row = (lane >> 2) + 8 * (i >> 1 & 1), column = 8 * (i >> 2) + lane % 4 * 2 + (i & 1);
-                double sum = all[lane]->adds ? all[lane]->c[i] : 0;
-                for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
-                all[lane]->c[i] = static_cast<float>(sum);
-            }
-    });
-}
-
-template <int COUNT>
-void take_registers() {}
-template <int COUNT>
-void leave_registers() {}
 
 inline uint32_t transpose_matrix(uint32_t pair) {
     struct Operands {

@@ -1,0 +1,148 @@
+// The instructions of hopper.h on the emulated device of emulated.h. wgmma is done when it is asked for: that its
+// registers are used too early is not seen.
+#pragma once
+
+#include <functional>
+#include <utility>
+
+#include "hopper.h"
+
+#define LLMQUANT_WGMMA
+
+namespace llmquant::cuda {
+
+using Barrier = uint64_t;
+using BoxMap = Boxes;
+
+namespace emulated {
+
+inline Phase& phase_of(const Barrier* barrier) {
+    const auto found = machine().barriers.find(barrier);
+    if (found == machine().barriers.end()) fail("an mbarrier that has not begun");
+    return found->second;
+}
+
+inline void expect_shared(const void* to, int64_t bytes, int64_t aligned) {
+    const auto place = static_cast<const unsigned char*>(to) - machine().shared;
+    if (place < 0 || place + bytes > machine().shared_bytes) fail("a copy outside of shared memory");
+    if (place % aligned) fail("a copy to where none can go");
+}
+
+// A copy that `barrier` is told of: at once, or when somebody waits there.
+inline void start_copy(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
+    Phase& phase = phase_of(barrier);
+    const auto arrive = [copy = std::move(copy), bytes, &phase] {
+        copy();
+        phase.bytes -= bytes;
+        phase.settle();
+        machine().steps = 0;
+    };
+    if (machine().late)
+        phase.copies.push_back(arrive);
+    else
+        arrive();
+}
+
+}  // namespace emulated
+
+inline void begin_barrier(Barrier* barrier, int arrivals) {
+    emulated::machine().barriers[barrier] = emulated::Phase{arrivals, 0, 0, 0, {}};
+}
+inline void fence_barriers() {}
+inline void expect_bytes(Barrier* barrier, int bytes) {
+    emulated::Phase& phase = emulated::phase_of(barrier);
+    phase.bytes += bytes;
+    ++phase.arrived;
+    phase.settle();
+    emulated::machine().steps = 0;
+}
+inline void arrive(Barrier* barrier) { expect_bytes(barrier, 0); }
+inline void await_phase(Barrier* barrier, int parity) {
+    emulated::Phase& phase = emulated::phase_of(barrier);
+    while (phase.parity == parity) {
+        for (const auto& copy : std::exchange(phase.copies, {})) copy();
+        if (phase.parity == parity) emulated::yield();
+    }
+}
+
+inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, uint64_t) {
+    emulated::expect_shared(to, bytes, 16);
+    emulated::expect_aligned(from);
+    if (bytes <= 0 || bytes % 16) emulated::fail("a copy of no possible size");
+    emulated::start_copy(barrier, bytes, [=] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
+}
+
+inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
+    const int row = 2 * map.box_columns;  // bytes
+    emulated::expect_shared(to, int64_t{row} * map.box_tokens, 1024);
+    if (row != 128) emulated::fail("a box of another width than its swizzle has");
+    emulated::start_copy(barrier, int64_t{row} * map.box_tokens, [=] {
+        for (int t = 0; t < map.box_tokens; ++t)
+            for (int c = 0; c < map.box_columns; ++c) {
+                const bool there = token + t < map.tokens && column + c < map.columns;
+                const uint16_t number = there ? map.from[(token + t) * map.stride + column + c] : 0;
+                std::memcpy(static_cast<char*>(to) + t * row + ((c / 8 ^ t % 8) * 16 + c % 8 * 2), &number, 2);
+            }
+    });
+}
+
+inline void prefetch_map(const BoxMap&) {}
+
+inline int64_t map_boxes(const Boxes& boxes, BoxMap* map) {
+    *map = boxes;
+    return 0;
+}
+
+// PTX ISA, "Matrix descriptor": units of 16 bytes; the swizzle of 128 bytes exchanges bits 4..6 of an address with
+// themselves and bits 7..9.
+inline uint64_t matrix_of(const void* boxes) {
+    const auto place = static_cast<const unsigned char*>(boxes) - emulated::machine().shared;
+    return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | static_cast<uint64_t>(place) >> 4;
+}
+inline uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + static_cast<uint64_t>(bytes >> 4); }
+
+inline void begin_group() {}
+inline void commit_group() {}
+template <int PENDING>
+void await_groups() {}
+
+// PTX ISA, "Register fragments for wgmma.m64nNk16": a warp's 16 rows of A and of D.
+template <class T, int TOKENS>
+void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b, bool adds) {
+    struct Operands {
+        float* c;
+        const uint32_t* a;
+        uint64_t b;
+        bool adds;
+    } own = {c, a, b, adds};
+    emulated::meet_warp(own, [](Operands** all) {
+        double A[16][16], B[16][TOKENS];
+        for (int lane = 0; lane < LANES; ++lane)
+            for (int i = 0; i < 8; ++i)
+                A[(lane >> 2) + 8 * (i >> 1 & 1)][lane % 4 * 2 + (i & 1) + 8 * (i >> 2)] =
+                    emulated::decoded(all[lane]->a[i / 2] >> 16 * (i % 2) & 0xffff, T());
+        const uint64_t matrix = all[0]->b, eight_rows = (matrix >> 32 & 0x3fff) << 4;
+        for (int n = 0; n < TOKENS; ++n)
+            for (int k = 0; k < 16; ++k) {
+                uint64_t at = ((matrix & 0x3fff) << 4) + n / 8 * eight_rows + n % 8 * 128 + 2 * k;
+                at ^= (at >> 7 & 7) << 4;
+                uint16_t number;
+                std::memcpy(&number, emulated::machine().shared + at, 2);
+                B[k][n] = emulated::decoded(number, T());
+            }
+        for (int lane = 0; lane < LANES; ++lane)
+            for (int i = 0; i < TOKENS / 2; ++i) {
+                const int row = (lane >> 2) + 8 * (i >> 1 & 1), column = 8 * (i >> 2) + lane % 4 * 2 + (i & 1);
+                double sum = all[lane]->adds ? all[lane]->c[i] : 0;
+                for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+                all[lane]->c[i] = static_cast<float>(sum);
+            }
+    });
+}
+
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void leave_registers() {}
+
+}  // namespace llmquant::cuda

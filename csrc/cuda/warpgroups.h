@@ -1,0 +1,197 @@
+// The parts that wgmma.cu is put together from: what stands in shared memory, which words of the codes are a warp's
+// own, and how codes become what the tensor cores multiply.
+//
+// Where tokens are few, making numbers is most of the work, so as little is made of them as can be: codes above a
+// constant, which needs no arithmetic. What is too much by that is taken from the sums of a group, as many times as the
+// tokens' activations add up to, and so is the scale: once for all columns, in fp32. Where tokens are many it is the
+// other way round.
+#pragma once
+
+#include "finish.h"
+#include "hopper.h"
+
+namespace llmquant::cuda::warpgroups {
+
+constexpr int GROUPS = 2;  // warpgroups that multiply
+constexpr int CONSUMERS = GROUPS * 4 * LANES, THREADS = CONSUMERS + 4 * LANES;
+constexpr int STEPS = 8, COLUMNS = STEPS * STEP;  // of a chunk
+constexpr int BOX = 64, BOXES = COLUMNS / BOX;    // columns of activations that are copied at once: 128 bytes
+constexpr int GRIDS = COLUMNS / 32;               // groups of a chunk, at most
+constexpr int DEPTH = 4;                          // steps that are multiplied or wait for it
+constexpr int ROOM = 226 * 1024;                  // of a multiprocessor
+
+static_assert(PAD_COLUMNS % COLUMNS == 0, "chunks are whole");
+
+template <int TOKENS>
+constexpr int BLOCKS = TOKENS <= 16 ? 2 : 1;  // that fit a multiprocessor
+// The weight's part of a block's tile, and the words of a lane that are a warp's own.
+template <int TOKENS>
+constexpr int TILES = TOKENS <= 128 ? 4 : 2;
+template <int TOKENS>
+constexpr int OWN = TILES<TOKENS> * WORDS / (GROUPS * 4);
+
+template <int TOKENS>
+struct alignas(1024) Stage {
+    Words x[BOXES][TOKENS * BOX / GRANULE];
+    Words codes[TILES<TOKENS>][STEPS * LANES];
+    Words scales[TILES<TOKENS>][GRIDS][8];
+    uint32_t zeros[TILES<TOKENS>][GRIDS][8];
+};
+
+constexpr int stages_of(int room, int bytes) { return room / bytes < 8 ? room / bytes : 8; }
+template <int TOKENS>
+constexpr int STAGES = stages_of(ROOM / BLOCKS<TOKENS>, sizeof(Stage<TOKENS>));
+
+template <int TOKENS>
+struct Shared {
+    Stage<TOKENS> stages[STAGES<TOKENS>];
+    Barrier full[STAGES<TOKENS>], empty[STAGES<TOKENS>];
+    int word;
+};
+
+// Where a warp stands in the ring of stages. A barrier's phase changes its parity with every round.
+template <int TOKENS>
+struct Place {
+    int stage = 0, parity = 0;
+
+    __device__ void advance() {
+        if (++stage == STAGES<TOKENS>) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+template <int TOKENS>
+using Sums = float[OWN<TOKENS>][TOKENS / 2];
+template <int TOKENS>
+using Numbers = uint32_t[OWN<TOKENS>][4];  // matrices A of a step
+
+// Where a thread stands.
+template <int TOKENS>
+struct Part {
+    int thread = thread_index();  // of those that multiply
+    int lane = thread % LANES, warp = thread / LANES % 4, group = thread / LANES / 4;
+    static constexpr int COUNT = TILES<TOKENS>, EACH = OWN<TOKENS>;
+    int tile = warp % COUNT;
+    int word = (group * (4 / COUNT) + warp / COUNT) * EACH;  // the first that is its own
+
+    // In the block's tile.
+    __device__ int row(int j, int r) const { return tile * TILE + 16 * (word + j) + sum_row(lane, r); }
+};
+
+// A warp's own of four words.
+template <int COUNT>
+struct alignas(4 * COUNT) Few {
+    uint32_t word[COUNT];
+};
+template <int TOKENS>
+__device__ __forceinline__ Few<OWN<TOKENS>> own_of(const Words& words, const Part<TOKENS>& part) {
+    return *reinterpret_cast<const Few<OWN<TOKENS>>*>(&words.word[part.word]);
+}
+
+// Of a group of columns: two scales to a word, and zeros in the low bits.
+template <int TOKENS>
+__device__ __forceinline__ Few<OWN<TOKENS>> scales_of(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group) {
+    return own_of(stage.scales[part.tile][group][part.lane / 4], part);
+}
+template <bool ZEROS, int TOKENS>
+__device__ __forceinline__ uint32_t zeros_of(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int group) {
+    return ZEROS ? stage.zeros[part.tile][group][part.lane / 4] >> 8 * part.word : MIDPOINTS;
+}
+template <int TOKENS>
+__device__ __forceinline__ Few<OWN<TOKENS>> codes_of(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int step) {
+    return own_of(stage.codes[part.tile][step * LANES + part.lane], part);
+}
+
+// Matrix B of a step, from that of the stage.
+template <int TOKENS>
+__device__ __forceinline__ uint64_t x_of(uint64_t stage, int step) {
+    return matrix_at(stage, step * STEP / BOX * TOKENS * BOX * 2 + step * STEP % BOX * 2);
+}
+
+// Numbers with scales and zeros, rounded once: tokens are many.
+template <class T, bool ZEROS, int TOKENS>
+struct Scaled {
+    static constexpr bool DRAINS = false;  // whether all that was begun has ended when a chunk does
+    struct Grid {
+        uint32_t scales[OWN<TOKENS>][2];  // each twice
+        Offsets offsets[OWN<TOKENS>][2];
+    } grid;
+
+    __device__ __forceinline__ void begin_step(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int shift,
+                                               int step) {
+        if (step % 2) return;  // no group is shorter
+        const auto scales = scales_of(stage, part, step >> shift);
+        const uint32_t zeros = zeros_of<ZEROS>(stage, part, step >> shift);
+#pragma unroll
+        for (int j = 0; j < OWN<TOKENS>; ++j)
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                grid.scales[j][b] = pick_bytes(scales.word[j], b ? 0x3232 : 0x1010);
+                grid.offsets[j][b] = ZEROS ? offsets_of<T>(zeros, j, b) : T::offsets(8);
+            }
+    }
+
+    __device__ __forceinline__ void to_numbers(uint32_t word, int j, uint32_t (&a)[4]) const {
+        constexpr uint32_t MINUS_ZERO = 0x80008000;  // what changes no product that it is added to
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const uint32_t whole = fma2<T>(merge(word >> T::shift(r), T::mask(r), T::BASE), T::factor(r),
+                                           T::offset(grid.offsets[j][r % 2], r));
+            a[r] = fma2<T>(whole, grid.scales[j][r % 2], MINUS_ZERO);
+        }
+    }
+
+    __device__ __forceinline__ void multiply(const Numbers<TOKENS>& a, uint64_t x, int, Sums<TOKENS>& sums) {
+#pragma unroll
+        for (int j = 0; j < OWN<TOKENS>; ++j) multiply_add_group<T, TOKENS>(sums[j], a[j], x, true);
+    }
+
+    __device__ __forceinline__ void end_step(const Stage<TOKENS>&, const Part<TOKENS>&, int, Sums<TOKENS>&) {
+        await_groups<DEPTH - 1>();  // whose numbers make room for the next
+    }
+};
+
+// Codes above a constant, and all else on the sums of a group: tokens are few.
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
+struct Raw {
+    static constexpr bool DRAINS = true;
+    float fresh[OWN<TOKENS>][TOKENS / 2], x_sums[TOKENS / 2];
+
+    __device__ __forceinline__ void begin_step(const Stage<TOKENS>&, const Part<TOKENS>&, int, int) const {}
+
+    __device__ __forceinline__ void to_numbers(uint32_t word, int, uint32_t (&a)[4]) const {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) a[r] = T::raw(word, r, merge);
+    }
+
+    __device__ __forceinline__ void multiply(const Numbers<TOKENS>& a, uint64_t x, int step, Sums<TOKENS>&) {
+        const uint32_t ones[4] = {T::ONE, T::ONE, T::ONE, T::ONE};
+        const bool adds = step % GROUP_STEPS != 0;
+#pragma unroll
+        for (int j = 0; j < OWN<TOKENS>; ++j) multiply_add_group<T, TOKENS>(fresh[j], a[j], x, adds);
+        multiply_add_group<T, TOKENS>(x_sums, ones, x, adds);
+    }
+
+    __device__ __forceinline__ void end_step(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int step,
+                                             Sums<TOKENS>& sums) {
+        if ((step + 1) % GROUP_STEPS != 0) {
+            await_groups<DEPTH - 1>();
+            return;
+        }
+        await_groups<0>();
+        const auto scales = scales_of(stage, part, step / GROUP_STEPS);
+        const uint32_t zeros = zeros_of<ZEROS>(stage, part, step / GROUP_STEPS);
+#pragma unroll
+        for (int j = 0; j < OWN<TOKENS>; ++j)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; ++i) {
+                const int b = i / 2 % 2;
+                const float excess = T::ORIGIN + static_cast<float>(zeros >> 4 * (2 * j + b) & 15);
+                sums[j][i] += to_float<T>(scales.word[j] >> 16 * b) * (fresh[j][i] - excess * x_sums[i]);
+            }
+    }
+};
+
+}  // namespace llmquant::cuda::warpgroups
