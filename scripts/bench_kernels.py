@@ -5,9 +5,9 @@
 
 On the CPU peers are torch in fp32 and bf16, torch's int4 kernel, ONNX Runtime's MatMulNBits where `onnx` and
 `onnxruntime` are installed, and llama.cpp's Q4_0 where `llama-cpp-python` is. What the file holds already is not
-measured again. On a GPU they are cuBLAS, torch's int4 kernel, and gemlite where it is installed; --paths measures each
-of our kernels by itself, from which the tables of tokens are to be made, and --tune lets the Triton kernel try its
-tiles first.
+measured again. On a GPU they are cuBLAS, torch's int4 kernel, gemlite where it is installed, and Marlin and Machete
+where vLLM is; --paths measures each of our kernels by itself, from which the tables of tokens are to be made, and
+--tune lets the Triton kernel try its tiles first.
 """
 
 import argparse

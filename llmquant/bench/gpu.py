@@ -26,6 +26,8 @@ LONGEST = 0.005  # seconds of one graph, about
 REPLAYS, FEWEST = 25, 7
 ENOUGH = 0.25  # seconds of all replays, after which there are no more than the fewest
 WRONG = 0.05  # relative error of what cannot be the same product
+# What a peer may raise: it has no kernel for the shape or the device, or its package is not the version known here.
+UNABLE = (RuntimeError, ValueError, AssertionError, ImportError, AttributeError, TypeError)
 
 
 class Result(NamedTuple):
@@ -78,7 +80,7 @@ def measure(
         try:
             products = [make(q, scheme, dtype)]
             products += [make(q, scheme, dtype) for _ in range(copies_for(products[0].nbytes, cache) - 1)]
-        except (RuntimeError, ValueError, AssertionError, ImportError) as error:
+        except UNABLE as error:
             reason = first_line(error)
             yield from (Refusal(n, m, count, name, reason) for count in tokens)
             continue
@@ -97,7 +99,7 @@ def one(products: list[Product], real: Tensor, count: int, name: str, dtype: tor
         if not error < WRONG:
             return Refusal(n, m, count, name, f"its result is off by {error:.2g}")
         times = graph_seconds([product.call for product in products], x)
-    except (RuntimeError, ValueError, AssertionError) as problem:
+    except UNABLE as problem:
         return Refusal(n, m, count, name, first_line(problem))
     fast, median, slow = spread(times)
     return Result(n, m, count, name, median, fast, slow, products[0].nbytes, len(products), error)

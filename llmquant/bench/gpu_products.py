@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from llmquant.bench.products import Product
+from llmquant.formats import bits
 from llmquant.native import CUDA_LIBRARY
 from llmquant.scheme import Quantized, Scheme, dequantize
 
@@ -22,7 +23,8 @@ def makers(dtype: torch.dtype, *, paths: bool = False) -> dict[str, Maker]:
         from llmquant.kernels import cuda
 
         found["llmquant"] = partial(ours, cuda)
-        for name, path in (("gemv", cuda.GEMV), ("gemm", cuda.GEMM), ("slabs", cuda.DEQUANTIZE)) if paths else ():
+        named = {"gemv": cuda.GEMV, "gemm": cuda.GEMM, "wgmma": cuda.WGMMA, "slabs": cuda.DEQUANTIZE}
+        for name, path in named.items() if paths else ():
             found[f"llmquant {name}"] = partial(ours, cuda, path=path)
     if find_spec("triton"):
         from llmquant.kernels import triton
@@ -33,6 +35,8 @@ def makers(dtype: torch.dtype, *, paths: bool = False) -> dict[str, Maker]:
         found["torch int4pack"] = torch_int4
     if find_spec("gemlite"):
         found["gemlite"] = gemlite
+    if find_spec("vllm"):
+        found |= {"Marlin": marlin, "Machete": machete}
     return found
 
 
@@ -63,3 +67,43 @@ def gemlite(q: Quantized, scheme: Scheme, dtype: torch.dtype) -> Product:
     scales, zeros = (grid.reshape(-1, 1).to(dtype) for grid in (q.scales, q.zeros))
     layer = A16W4_HQQ_INT(device=device, dtype=dtype).from_weights(q.codes.view(m, n), scales, zeros)
     return Product(m * n // 2 + scales.nbytes, layer)
+
+
+def marlin(q: Quantized, scheme: Scheme, dtype: torch.dtype) -> Product:
+    """As vLLM 0.32 calls it for a symmetric compressed-tensors checkpoint; m a multiple of 64, n of 128."""
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.quantization.utils import marlin_utils as tools
+    from vllm.scalar_type import scalar_types
+
+    m, n = q.codes.shape
+    weight = ops.gptq_marlin_repack(words_by_columns(q), size_k=n, size_n=m, num_bits=4)
+    scales = tools.marlin_permute_scales(q.scales.T.to(dtype).contiguous(), n, m, scheme.group_size)
+    call = partial(
+        tools.apply_gptq_marlin_linear,
+        weight=weight,
+        weight_scale=scales,
+        weight_zp=tools.marlin_make_empty(weight.device),
+        workspace=tools.marlin_make_workspace_new(weight.device, tools.MARLIN_MAX_BLOCKS_PER_SM),
+        wtype=scalar_types.uint4b8,
+        output_size_per_partition=m,
+        input_size_per_partition=n,
+    )
+    return Product(weight.nbytes + scales.nbytes, call)
+
+
+def machete(q: Quantized, scheme: Scheme, dtype: torch.dtype) -> Product:
+    """The same by vLLM's kernel for Hopper."""
+    from vllm import _custom_ops as ops
+    from vllm.scalar_type import scalar_types
+
+    told = {"b_type": scalar_types.uint4b8}
+    by_rows = words_by_columns(q).T.contiguous().T  # it asks for the strides of a transpose
+    weight = ops.machete_prepack_B(by_rows, a_type=dtype, group_scales_type=dtype, **told)
+    scales = q.scales.T.to(dtype).contiguous()
+    call = partial(ops.machete_mm, b_q=weight, b_group_scales=scales, b_group_size=scheme.group_size, **told)
+    return Product(weight.nbytes + scales.nbytes, call)
+
+
+def words_by_columns(q: Quantized) -> torch.Tensor:
+    """Codes as int32 [n / 8, m], eight columns to a word: what GPTQ checkpoints hold and vLLM makes its layouts of."""
+    return bits.pack(q.codes, 4).T.contiguous()
