@@ -22,7 +22,6 @@ from llmquant.display import Display, console, print_json, progress, results, sh
 from llmquant.errors import LlmquantError
 from llmquant.evaluate.commands import (
     DatasetName,
-    Device,
     Json,
     MaxMemory,
     MaxWindows,
@@ -39,13 +38,24 @@ from llmquant.hub import quantize_and_push
 from llmquant.hub.commands import push as push_command
 from llmquant.inspect import inspect_checkpoint, inspect_runtime
 from llmquant.manifest import conversion_of
-from llmquant.options import merged_recipe, parse_percent, parse_ranks, parse_size, resolve_device, target_of
+from llmquant.options import (
+    Device,
+    Precision,
+    PrecisionName,
+    merged_recipe,
+    parse_percent,
+    parse_ranks,
+    parse_size,
+    resolve_device,
+    target_of,
+)
 from llmquant.pipeline import Options, preview, sense
 from llmquant.pipeline import quantize as run_quantize
 from llmquant.recipe import Recipe
 from llmquant.report.build import write_report
 from llmquant.runtime.generate import generate as run_generate
 from llmquant.sensitivity.tables import show_sensitivity
+from llmquant.server.commands import serve
 from llmquant.verify import verify_checkpoint
 
 app = typer.Typer(
@@ -58,6 +68,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command(name="eval")(evaluate)
 app.command(name="push")(push_command)
+app.command(name="serve")(serve)
 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 
@@ -80,11 +91,6 @@ class Preset(str, Enum):
     fast = "fast"
     default = "default"
     best = "best"
-
-
-class Precision(str, Enum):
-    exact = "exact"
-    int8 = "int8"
 
 
 class Format(str, Enum):
@@ -321,7 +327,7 @@ def generate(
     directory: Annotated[Path, typer.Argument(metavar="DIR")],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    precision: Annotated[Precision, typer.Option(help="Of activations on the CPU; int8 is faster.")] = Precision.exact,
+    precision: Precision = PrecisionName.exact,
     device: Device = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Print tokens per second and the kernel in use.")] = False,
     as_json: Json = False,

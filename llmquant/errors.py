@@ -42,6 +42,10 @@ class HubError(LlmquantError):
     """The Hub refuses a push, or cannot be reached."""
 
 
+class ServerError(LlmquantError):
+    """The server cannot start."""
+
+
 class GateError(LlmquantError):
     """A quality gate did not hold."""
 

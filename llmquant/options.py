@@ -1,13 +1,24 @@
 """What the command line says that is more than a number: sizes, lists, devices, and a recipe of many options."""
 
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from llmquant.errors import RecipeError
 from llmquant.recipe import Recipe, read_yaml
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+class PrecisionName(str, Enum):
+    exact = "exact"
+    int8 = "int8"
+
+
+Precision = Annotated[PrecisionName, typer.Option(help="Of activations on the CPU; int8 is faster.")]
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "B": 1}
 

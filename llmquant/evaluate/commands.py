@@ -16,7 +16,7 @@ from llmquant.evaluate.run import Evaluation
 from llmquant.evaluate.run import evaluate as run_evaluation
 from llmquant.evaluate.tasks import Choice, run_tasks, side_by_side
 from llmquant.evaluate.text import NAMED
-from llmquant.options import parse_percent, parse_size, resolve_device
+from llmquant.options import Device, parse_percent, parse_size, resolve_device
 
 
 class ProtocolName(str, Enum):
@@ -35,7 +35,6 @@ MaxWindows = Annotated[int | None, typer.Option(help="Stop after so many windows
 MaxMemory = Annotated[
     str | None, typer.Option(help="As in 4GB; models that do not fit pass layer by layer. (default: what is free)")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

@@ -1,5 +1,6 @@
 """The checkpoint's own tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -20,3 +21,8 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     except Exception as error:  # a broken file gives anything from OSError to KeyError to a bare Exception
         cause = str(error).partition("\n")[0]
         raise CheckpointError(f"{directory}: its tokenizer cannot be loaded ({cause}); restore its files") from error
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
+    """What the model continues when it answers, by its chat template; special tokens are in it already."""
+    return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmquant.errors import CheckpointError
-from llmquant.model.tokenizer import load_tokenizer
+from llmquant.model.tokenizer import chat_text, load_tokenizer
 from llmquant.native import active_backend
 from llmquant.runtime.loader import load
 
@@ -43,8 +43,7 @@ def generate(
     model: Any = load(directory, precision=precision, device=device)
     tokenizer = load_tokenizer(directory)
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        prompt = chat_text(tokenizer, [{"role": "user", "content": prompt}])
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
     length = int(inputs["input_ids"].shape[1])
     if length == 0:

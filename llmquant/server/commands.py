@@ -1,0 +1,169 @@
+"""`llmquant serve`."""
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.display import console
+from llmquant.errors import ServerError
+from llmquant.options import Device, Precision, PrecisionName, resolve_device
+
+if TYPE_CHECKING:
+    from llmquant.server.app import Service
+
+KEY = "LLMQUANT_API_KEY"
+DRAIN = 30  # seconds that running answers have when the server is asked to end
+HEADERS = 64 << 10  # bytes
+
+
+class EngineName(str, Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+def serve(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help=f"Ask for it; may be given several times, or as {KEY}.")
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="vllm: our kernels inside of vLLM.")] = EngineName.transformers,
+    served_model_name: Annotated[str | None, typer.Option(help="(default: the directory's)")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Of prompt and answer. (default: the model's)")
+    ] = None,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Requests that are computed at a time.")] = 8,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are told to come back.")] = 64,
+    precision: Precision = PrecisionName.exact,
+    device: Device = "auto",
+) -> None:
+    """Answer HTTP requests as OpenAI's interface spells them: /v1/chat/completions and /v1/completions."""
+    given = os.environ.get(KEY)
+    keys = api_key or ([given] if given else [])
+    if not keys and not _is_loopback(host):
+        raise typer.BadParameter(f"--host {host}: others can reach it; give an --api-key, or set {KEY}")
+    if not all(key.strip() for key in keys):
+        raise typer.BadParameter("--api-key: is empty")
+    name = served_model_name or directory.resolve().name
+    if engine is EngineName.vllm:
+        told = {"--host": host, "--port": port, "--served-model-name": name, "--max-num-seqs": max_concurrency}
+        exec_vllm(directory, told | ({"--max-model-len": max_model_len} if max_model_len else {}), keys)
+    missing = [package for package in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(package)]
+    if missing:
+        raise ServerError(f"serve needs {' and '.join(missing)}; pip install 'llmquant[serve]'")
+    with _bound(host, port) as listening:
+        service = make_service(
+            directory,
+            name,
+            room=max_model_len,
+            at_once=max_concurrency,
+            queue=max_queue,
+            precision=precision.value,
+            device=resolve_device(device),
+        )
+        run(service, keys, listening)
+
+
+def exec_vllm(directory: Path, options: dict[str, Any], keys: Sequence[str]) -> None:
+    """Become vLLM's server, with our kernels; its other options have its own defaults."""
+    Checkpoint.open(directory)
+    if not find_spec("vllm"):
+        raise ServerError("--engine vllm needs vLLM in this environment; pip install vllm")
+    if len(keys) > 1:
+        raise typer.BadParameter("--api-key: one of them, with --engine vllm")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command += ["--quantization", "llmquant", *(str(part) for pair in options.items() for part in pair)]
+    # A key in the environment is seen by fewer people than one in the list of processes.
+    os.execve(sys.executable, command, os.environ | ({"VLLM_API_KEY": keys[0]} if keys else {}))  # noqa: S606
+
+
+def make_service(
+    directory: Path, name: str, *, room: int | None, at_once: int, queue: int, precision: str, device: str
+) -> "Service":
+    """Load the checkpoint and start its engine.
+
+    Raises:
+        CheckpointError: the directory cannot be loaded, or has no tokenizer.
+        ServerError: its tokenizer cannot be used, or the model is not made for so many tokens.
+    """
+    from llmquant.model.tokenizer import load_tokenizer
+    from llmquant.runtime.loader import load
+    from llmquant.server.app import Service
+    from llmquant.server.engine import Engine
+    from llmquant.server.metrics import Metrics
+    from llmquant.server.prompt import Prompts
+
+    tokenizer = load_tokenizer(directory)
+    if not tokenizer.is_fast:
+        raise ServerError(f"{directory}: serve needs a tokenizer.json; save the tokenizer with a current transformers")
+    model: Any = load(directory, precision=precision, device=device)
+    most = getattr(model.config, "max_position_embeddings", None)
+    if room and most and room > most:
+        raise ServerError(f"--max-model-len {room}: the model has {most} positions")
+    room = room or most
+    if not room:
+        raise ServerError(f"{directory}: config.json does not say how many positions there are; give --max-model-len")
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    engine = Engine(model, tokenizer.backend_tokenizer, ends, at_once=at_once, queue=queue)
+    prompts = Prompts(tokenizer, room, model.config.vocab_size)
+    return Service(name, engine, prompts, model.generation_config, Metrics(engine))
+
+
+def run(service: "Service", keys: Sequence[str], listening: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM, and then until running answers have ended, or `DRAIN` seconds."""
+    import uvicorn
+
+    from llmquant.native import active_backend
+    from llmquant.server.app import make_app
+    from llmquant.server.guard import Guard
+
+    config = uvicorn.Config(
+        Guard(make_app(service), keys),
+        log_level="warning",
+        http="h11",
+        h11_max_incomplete_event_size=HEADERS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=DRAIN,
+        server_header=False,
+    )
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)  # uvicorn has its own meanwhile, and raises them again when it has ended
+    host, port = listening.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    kernel = active_backend(service.engine.device)
+    console.print(f"{service.name} at http://{where}:{port}/v1, kernel: {kernel}", soft_wrap=True)
+    asyncio.run(uvicorn.Server(config).serve([listening]))
+    service.engine.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Not listening yet: who comes while the model is loaded is refused."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ServerError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from error
+    return bound
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,145 @@
+"""Requests side by side in one engine: none notices another."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+import torch
+from transformers import AutoTokenizer
+
+from llmquant.runtime.loader import load
+from llmquant.server import engine as module
+from llmquant.server.engine import Engine, Full, Job, Progress
+from llmquant.server.sampling import Sampling
+
+POISON = 77  # a token at which the model fails
+
+
+class Asked:
+    """A job and what it is told."""
+
+    def __init__(self, ids: list[int], most: int = 12, **how: float) -> None:
+        self.told: queue.Queue[Progress | Exception] = queue.Queue()
+        self.job = Job(ids, most, Sampling(**{"temperature": 0.0} | how), (), self.told.put)
+
+    def result(self) -> tuple[str, int, str | None] | Exception:
+        """Text, tokens and reason of the end."""
+        text, tokens = "", 0
+        while True:
+            event = self.told.get(timeout=60)
+            if isinstance(event, Exception):
+                return event
+            text, tokens = text + event.text, tokens + 1
+            if event.finished:
+                return text, tokens, event.finished
+
+
+@pytest.fixture
+def engine(packed: Path) -> Iterator[Engine]:
+    model = load(packed, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    running = Engine(model, tokenizer.backend_tokenizer, frozenset(), at_once=3, queue=5)
+    yield running
+    running.close()
+
+
+def poisoned(_: object, args: tuple[()], kwargs: dict[str, torch.Tensor]) -> None:
+    if bool((kwargs["input_ids"] == POISON).any()):
+        raise torch.OutOfMemoryError("no room")
+
+
+def test_an_answer_does_not_depend_on_the_others(engine: Engine) -> None:
+    prompts = [[5, 6, 7], [8, 9], list(range(10, 60)), [3], [4, 4, 4, 4]]
+    seeds = [{}, {"temperature": 1.0, "seed": 3}, {}, {"temperature": 0.7, "seed": 4}, {}]
+    alone = []
+    for ids, how in zip(prompts, seeds, strict=True):
+        asked = Asked(ids, **how)
+        engine.submit(asked.job)
+        alone.append(asked.result())
+    together = [Asked(ids, **how) for ids, how in zip(prompts, seeds, strict=True)]
+    for asked in together:
+        engine.submit(asked.job)
+    assert [asked.result() for asked in together] == alone
+    assert all(tokens == 12 and reason == "length" for _, tokens, reason in alone)
+
+
+def test_a_prompt_in_parts_has_the_same_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(3, 500, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+    whole, parts = Asked(ids), Asked(ids)
+    engine.submit(whole.job)
+    expected = whole.result()
+    monkeypatch.setattr(module, "CHUNK", 16)
+    engine.submit(parts.job)
+    assert parts.result() == expected
+
+
+def test_what_fails_fails_alone(engine: Engine) -> None:
+    good = Asked([5, 6, 7])
+    engine.submit(good.job)
+    expected = good.result()
+    engine._model.register_forward_pre_hook(poisoned, with_kwargs=True)
+    asked = [Asked([5, 6, 7]), Asked([POISON]), Asked([5, 6, 7])]
+    for each in asked:
+        engine.submit(each.job)
+    first, failed, last = (each.result() for each in asked)
+    assert first == last == expected
+    assert isinstance(failed, torch.OutOfMemoryError)
+    assert failed.__traceback__ is None
+
+
+def test_a_listener_that_is_gone_ends_nothing_but_itself(engine: Engine) -> None:
+    def gone(_: object) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    engine.submit(Job([5], 3, Sampling(0.0), (), gone))
+    asked = Asked([5, 6])
+    engine.submit(asked.job)
+    assert isinstance(asked.result(), tuple)
+
+
+def test_a_cancelled_request_makes_room_within_a_token(engine: Engine) -> None:
+    endless = [Asked([5], most=10**9) for _ in range(3)]
+    for each in endless:
+        engine.submit(each.job)
+        each.told.get(timeout=60)
+    late = Asked([6, 7])
+    engine.submit(late.job)
+    assert (len(engine.active), len(engine.waiting)) == (3, 1)
+    endless[1].job.cancelled.set()
+    assert isinstance(late.result(), tuple)
+    for each in endless:
+        each.job.cancelled.set()
+    deadline = time.monotonic() + 30
+    while engine.active and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not engine.active
+
+
+def test_more_than_may_wait_are_refused(engine: Engine) -> None:
+    asked = [Asked([5], most=10**9) for _ in range(8)]
+    for each in asked[:3]:
+        engine.submit(each.job)
+        each.told.get(timeout=60)
+    for each in asked[3:]:
+        engine.submit(each.job)
+    with pytest.raises(Full):
+        engine.submit(Asked([5]).job)
+
+
+def test_an_end_token_ends_without_text(packed: Path) -> None:
+    model = load(packed, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    with torch.inference_mode():
+        end = int(model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
+    running = Engine(model, tokenizer.backend_tokenizer, frozenset({end}), at_once=1, queue=1)
+    asked = Asked([5, 6, 7])
+    running.submit(asked.job)
+    assert asked.result() == ("", 1, "stop")
+    running.close()
+    assert not any(thread.name == "llmquant-engine" and thread is running._thread for thread in threading.enumerate())
