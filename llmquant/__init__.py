@@ -29,7 +29,7 @@ _HOMES = {  # imported on first use: `import llmquant` stays quick
     "Scheme": "scheme",
     "verify_checkpoint": "verify",
     "inspect_checkpoint": "inspect",
-    "push": "hub",
+    "push": "hub.upload",
     "load": "runtime.loader",
     "LlmquantConfig": "runtime.transformers_plugin",
     "generate": "runtime.generate",

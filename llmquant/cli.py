@@ -9,15 +9,11 @@ import sys
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmquant import search
 from llmquant.bench.commands import app as bench_app
-from llmquant.compare import compare_checkpoints, show_comparison
-from llmquant.compare import plot as plot_entries
-from llmquant.convert import convert as run_conversion
 from llmquant.display import Display, console, print_json, progress, results, show_plan, show_table
 from llmquant.errors import LlmquantError
 from llmquant.evaluate.commands import (
@@ -32,12 +28,8 @@ from llmquant.evaluate.commands import (
     TextFile,
     evaluate,
 )  # fmt: skip
-from llmquant.evaluate.protocol import Request
 from llmquant.evaluate.text import Source
-from llmquant.hub import quantize_and_push
 from llmquant.hub.commands import push as push_command
-from llmquant.inspect import inspect_checkpoint, inspect_runtime
-from llmquant.manifest import conversion_of
 from llmquant.options import (
     Device,
     Precision,
@@ -49,14 +41,13 @@ from llmquant.options import (
     resolve_device,
     target_of,
 )
-from llmquant.pipeline import Options, preview, sense
-from llmquant.pipeline import quantize as run_quantize
-from llmquant.recipe import Recipe
-from llmquant.report.build import write_report
-from llmquant.runtime.generate import generate as run_generate
-from llmquant.sensitivity.tables import show_sensitivity
+from llmquant.report.commands import report
 from llmquant.server.commands import serve
-from llmquant.verify import verify_checkpoint
+
+if TYPE_CHECKING:
+    from llmquant import search
+    from llmquant.pipeline import Options
+    from llmquant.recipe import Recipe
 
 app = typer.Typer(
     help="INT4 quantization of Hugging Face LLM checkpoints.",
@@ -68,6 +59,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command(name="eval")(evaluate)
 app.command(name="push")(push_command)
+app.command(name="report")(report)
 app.command(name="serve")(serve)
 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
@@ -148,6 +140,8 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint. The same command again continues a run that was stopped."""
+    from llmquant.pipeline import Options, preview
+
     wanted = merged_recipe(
         recipe,
         {
@@ -177,19 +171,13 @@ def quantize(
     if max_increase is not None:
         if push:
             raise typer.BadParameter("--push goes with a run, not with a search; push what it finds")
+        from llmquant import search
+
         source, bound = Source(text_file, dataset), parse_percent(max_increase) or 0.0
         limits = max_bits_per_weight, parse_size(max_size, "--max-size")
         run_search(model, out, wanted, options, search.Target(bound, source, max_windows, *limits), as_json=as_json)
         return
-    with Display() as display:
-        run = partial(quantize_and_push, push) if push else run_quantize
-        plan = run(model, out, wanted, options, display)
-    page = write_report(out)
-    if as_json:
-        print_json({"out": str(out), "verified": True, **plan.to_dict()})
-    else:
-        console.print(f"[bold]{out}[/bold] is complete and verified; try: llmquant generate {out} -p 'Hello'")
-        console.print(f"report: {page}")
+    run(model, out, wanted, options, push, as_json=as_json)
 
 
 @app.command()
@@ -201,6 +189,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a quantized checkpoint in another layout, with the same integers; refuse where it cannot hold them."""
+    from llmquant.convert import convert as run_conversion
+
     made = run_conversion(directory, out, to.value, overwrite=overwrite)
     if as_json:
         print_json(made.to_dict())
@@ -230,6 +220,9 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Show which linears hurt, and recommend mixed precision for a target."""
+    from llmquant.pipeline import Options, sense
+    from llmquant.sensitivity.tables import show_sensitivity
+
     target = target_of(target_bits, target_size, target_kl, choices)
     if (out or choices) and not any(target[key] for key in ("bits", "size", "kl")):
         raise typer.BadParameter("a recipe needs a target; give --target-bits, --target-size or --target-kl")
@@ -248,20 +241,11 @@ def sensitivity(
 
 
 @app.command()
-def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR")],
-    evaluation: Annotated[
-        Path | None, typer.Option("--eval", help="What eval --json printed. (default: beside)")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The file. (default: DIR/report.html)")] = None,
-) -> None:
-    """Write what a finished directory tells of its run on one page, report.html."""
-    typer.echo(write_report(directory, evaluation, out))
-
-
-@app.command()
 def verify(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: Json = False) -> None:
     """Check that a finished directory is whole, finite, as its recipe says, and unchanged."""
+    from llmquant.manifest import conversion_of
+    from llmquant.verify import verify_checkpoint
+
     files = verify_checkpoint(directory)
     if as_json:
         print_json({"directory": str(directory), "verified": True, "files": files})
@@ -281,6 +265,8 @@ def inspect(
     """Show architecture, parameters, bits per weight, and what quantizing would cost; or what computes here."""
     if directory is None and not runtime:
         raise typer.BadParameter("give a DIR, or --runtime")
+    from llmquant.inspect import inspect_checkpoint, inspect_runtime
+
     facts = inspect_checkpoint(directory, trust_remote_code=trust_remote_code) if directory else {}
     facts |= inspect_runtime() if runtime else {}
     print_json(facts) if as_json else show_table(facts)
@@ -303,6 +289,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Several checkpoints on one text: size, bits, perplexity, KL divergence, agreement, speed."""
+    from llmquant.compare import compare_checkpoints, show_comparison
+    from llmquant.compare import plot as plot_entries
+    from llmquant.evaluate.protocol import Request
+
     with progress("compare") as noticed:
         entries = compare_checkpoints(
             directories,
@@ -333,6 +323,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, greedily, through the model's chat template if it has one."""
+    from llmquant.runtime.generate import generate as run_generate
+
     told = {"precision": precision.value, "device": resolve_device(device)}
     answer = run_generate(directory, prompt, max_new_tokens=max_new_tokens, **told)
     if as_json:
@@ -343,10 +335,30 @@ def generate(
         console.print(answer.stats())
 
 
+def run(model: str, out: Path, recipe: "Recipe", options: "Options", push: str | None, *, as_json: bool) -> None:
+    """One run, its report, and where both are."""
+    from llmquant.hub.upload import quantize_and_push
+    from llmquant.pipeline import quantize as run_quantize
+    from llmquant.report.build import write_report
+
+    with Display() as display:
+        work = partial(quantize_and_push, push) if push else run_quantize
+        plan = work(model, out, recipe, options, display)
+    page = write_report(out)
+    if as_json:
+        print_json({"out": str(out), "verified": True, **plan.to_dict()})
+    else:
+        console.print(f"[bold]{out}[/bold] is complete and verified; try: llmquant generate {out} -p 'Hello'")
+        console.print(f"report: {page}")
+
+
 def run_search(
-    model: str, out: Path, recipe: Recipe, options: Options, target: search.Target, *, as_json: bool
+    model: str, out: Path, recipe: "Recipe", options: "Options", target: "search.Target", *, as_json: bool
 ) -> None:
     """Each attempt as one line on stderr, whatever becomes of it."""
+    from llmquant import search
+    from llmquant.report.build import write_report
+
     told = lambda made: console.print(str(made), soft_wrap=True)  # noqa: E731
     with Display() as display:
         outcome = search.search(model, out, recipe, options, target, display, told)

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.console import Console
@@ -19,8 +19,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from llmquant.calibration.batches import Calibration
-from llmquant.plan import Plan, Unit
+if TYPE_CHECKING:
+    from llmquant.calibration.batches import Calibration
+    from llmquant.plan import Plan, Unit
 
 console = Console(stderr=True, highlight=False)
 results = Console(highlight=False)  # stdout
@@ -57,7 +58,7 @@ class Display:
             self._progress.start()
         self._progress.update(self._sensing, advance=1, where=layer, visible=left > 0)
 
-    def planned(self, plan: Plan, calibration: Calibration | None, done: int) -> None:
+    def planned(self, plan: "Plan", calibration: "Calibration | None", done: int) -> None:
         show_plan(plan)
         if calibration:
             counts = ", ".join(f"{source} {count}" for source, count in calibration.tokens.items())
@@ -77,7 +78,7 @@ class Display:
         detail = f"{record['module'].rpartition('.')[2]} error {record['error']:.2e}  {_memory()}"
         self._progress.update(self._task, where=record["module"].partition(".self")[0], detail=detail)
 
-    def finished(self, unit: Unit) -> None:
+    def finished(self, unit: "Unit") -> None:
         self._progress.advance(self._task)
         if not console.is_terminal and self._last:
             worst = max(self._last, key=lambda record: record["error"])
@@ -99,7 +100,7 @@ def progress(words: str) -> Iterator[Callable[[float], None]]:
         yield lambda part: bar.advance(task, part)
 
 
-def show_plan(plan: Plan, to: Console = console) -> None:
+def show_plan(plan: "Plan", to: Console = console) -> None:
     """The plan, in a few lines."""
     rows = {
         "model": f"{plan.model_type}, {len(plan.layers)} layers, {len(plan.linears)} linears",

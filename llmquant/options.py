@@ -1,14 +1,18 @@
-"""What the command line says that is more than a number: sizes, lists, devices, and a recipe of many options."""
+"""What the command line says that is more than a number: sizes, lists, devices, and a recipe of many options.
+
+Like all that `cli.py` imports, this does without torch until it is needed: help and bad usage take no seconds.
+"""
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from llmquant.errors import RecipeError
-from llmquant.recipe import Recipe, read_yaml
+
+if TYPE_CHECKING:
+    from llmquant.recipe import Recipe
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
@@ -49,8 +53,10 @@ def parse_ranks(text: str | None) -> list[int] | None:
     return [int(rank) for rank in ranks] if text is not None else None
 
 
-def merged_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
+def merged_recipe(path: Path | None, given: dict[str, Any]) -> "Recipe":
     """The recipe file, if any, with the options that were given laid over it."""
+    from llmquant.recipe import Recipe, read_yaml
+
     values = read_yaml(path) if path else {}
     for key, value in given.items():
         if isinstance(value, dict):
@@ -62,6 +68,8 @@ def merged_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
 
 
 def resolve_device(device: str) -> str:
+    import torch
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

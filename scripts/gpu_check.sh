@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # What only a GPU can show: builds the CUDA kernels in place, runs every test that needs a GPU, looks for wrong
 # accesses with compute-sanitizer, and measures. Needs torch with CUDA, pytest, nvcc and a C++ compiler; Triton, if it
-# is there, is checked, too; `quantize` needs all that llmquant needs. No network. Logs, JSON and summary.txt go into
-# OUTDIR; exit code 1 if any step failed.
+# is there, is checked, too; `quantize` and `serve` need all that llmquant's do. No network. Logs, JSON and summary.txt
+# go into OUTDIR; exit code 1 if any step failed.
 #
-#     scripts/gpu_check.sh OUTDIR [--only kernels|solver|quantize]
+#     scripts/gpu_check.sh OUTDIR [--only kernels|solver|quantize|serve]
 #
 # What is not timed runs at once, and is over before anything is. PYTHON names the interpreter (python3).
 set -euo pipefail
 
-readonly PARTS="kernels solver quantize"
+readonly PARTS="kernels solver quantize serve"
 
 fail() {
     echo "error: $1" >&2
@@ -116,6 +116,10 @@ if [[ $parts == *solver* ]]; then
 fi
 if [[ $parts == *quantize* ]]; then
     quantized &
+    checks+=("$!")
+fi
+if [[ $parts == *serve* ]]; then
+    tests serve tests/server/test_cuda_serve.py &
     checks+=("$!")
 fi
 for process in "${checks[@]}"; do wait "$process" || status=1; done

@@ -35,6 +35,12 @@ def packed(tiny_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathF
     return out
 
 
+def test_help_does_without_what_takes_seconds_to_import() -> None:
+    asked = "import sys, llmquant.cli; sys.exit(str({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
+
+
 def test_verify_and_inspect(packed: Path) -> None:
     done = llmquant("verify", packed, "--json")
     assert (done.returncode, json.loads(done.stdout)["verified"]) == (0, True)

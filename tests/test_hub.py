@@ -21,9 +21,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
-from llmquant import hub, plan
+from llmquant import plan
 from llmquant.card import EVALUATION, model_card
 from llmquant.errors import CheckpointError, HubError, VerifyError
+from llmquant.hub import upload
 from llmquant.observer import Silent
 from llmquant.pipeline import Options, quantize
 from llmquant.recipe import Recipe
@@ -51,7 +52,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(hub, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(upload, "PAUSES", (0, 0, 0))
     yield server
     server.shutdown()
 
@@ -100,27 +101,27 @@ def test_a_push_that_was_killed_sends_only_what_is_missing(server: HubServer, fi
     assert server.repos[REPO]["files"] == {}, "half a model is to be seen"
 
     server.hold = None
-    hub.push(finished, REPO)
+    upload.push(finished, REPO)
     second = server.puts()[3:]
     assert not set(second) & set(first[:2])
     assert sorted([*second, *first[:2]]) == sorted(shas(finished))
     check_pushed(server, finished)
 
-    hub.push(finished, REPO)
+    upload.push(finished, REPO)
     assert server.puts() == first + second, "what is there was sent again"
 
 
 def test_a_busy_hub_is_waited_for(server: HubServer, finished: Path) -> None:
     places = ["repos/create", "GET /api/models", "preupload", "objects/batch", "PUT", "/commit/"]
     server.faults = [fault for place in places for fault in ((place, 429, {"Retry-After": "0"}), (place, 503, {}))]
-    hub.push(finished, REPO)
+    upload.push(finished, REPO)
     assert server.faults == []
     check_pushed(server, finished)
 
 
 def test_retry_after_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    monkeypatch.setattr(upload.time, "sleep", waits.append)
     answers = [(429, "7"), (503, None), (429, "100000")]
 
     def call() -> str:
@@ -131,8 +132,8 @@ def test_retry_after_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
         response: Any = SimpleNamespace(status_code=status, headers=headers, request=None)
         raise RuntimeError("wrapped") from HfHubHTTPError("no", response=response)
 
-    assert hub.retried(call) == "done"
-    assert waits == [7, 2, hub.LONGEST]
+    assert upload.retried(call) == "done"
+    assert waits == [7, 2, upload.LONGEST]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_a_refusal_is_one_line_and_is_not_repeated(
 ) -> None:
     server.faults = [(place, status, {})] * 2
     with pytest.raises(HubError, match=f"^{REPO}: .*{message}") as found:
-        hub.push(finished, REPO)
+        upload.push(finished, REPO)
     assert "\n" not in str(found.value)
     assert TOKEN not in str(found.value)
     assert len(server.faults) == 1
@@ -158,19 +159,19 @@ def test_a_refusal_is_one_line_and_is_not_repeated(
 def test_a_name_space_that_is_not_ours_is_one_line(server: HubServer, finished: Path) -> None:
     server.faults = [("repos/create", 403, {})]
     with pytest.raises(HubError, match=f"^{REPO}: the token may not write there"):
-        hub.push(finished, REPO)
+        upload.push(finished, REPO)
 
 
 def test_no_way_to_the_hub_is_one_line(server: HubServer, finished: Path) -> None:
     server.shutdown()
     server.server_close()
     with pytest.raises(HubError, match=rf"^{REPO}: cannot be pushed \(ConnectError: "):
-        hub.push(finished, REPO)
+        upload.push(finished, REPO)
 
 
 def test_what_is_no_name_is_one_line(server: HubServer, finished: Path) -> None:
     with pytest.raises(HubError, match="is no name of a repository; give ORG/NAME"):
-        hub.push(finished, "a/b/c")
+        upload.push(finished, "a/b/c")
     assert server.asked == []
 
 
@@ -182,23 +183,23 @@ def test_a_damaged_directory_is_not_pushed(server: HubServer, finished: Path, tm
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(VerifyError, match="its sha256 differs"):
-        hub.push(damaged, REPO)
+        upload.push(damaged, REPO)
     assert server.asked == []
 
 
 def test_what_everyone_sees_has_to_be_said(server: HubServer, finished: Path) -> None:
     server.repos[REPO] = {"private": False, "sha": "0" * 40, "files": {}}
     with pytest.raises(HubError, match="say --public"):
-        hub.push(finished, REPO)
+        upload.push(finished, REPO)
     assert server.puts() == []
-    hub.push(finished, REPO, public=True)
+    upload.push(finished, REPO, public=True)
     check_pushed(server, finished)
 
 
 def test_weights_of_an_earlier_push_do_not_stay(server: HubServer, finished: Path) -> None:
     files = {"model-00001-of-00099.safetensors": b"old", "notes.md": b"kept"}
     server.repos[REPO] = {"private": True, "sha": "0" * 40, "files": files}
-    hub.push(finished, REPO)
+    upload.push(finished, REPO)
     assert "model-00001-of-00099.safetensors" not in files
     assert files["notes.md"] == b"kept"
 
@@ -206,7 +207,7 @@ def test_weights_of_an_earlier_push_do_not_stay(server: HubServer, finished: Pat
 def test_a_card_beside_the_weights_is_the_card(server: HubServer, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "own")
     (tmp_path / "own" / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
-    hub.push(tmp_path / "own", REPO)
+    upload.push(tmp_path / "own", REPO)
     assert server.repos[REPO]["files"]["README.md"] == b"---\nlicense: mit\n---\nMine.\n"
 
 
@@ -216,14 +217,14 @@ def test_shards_are_sent_while_the_run_goes_on(
     monkeypatch.setattr(plan, "SHARD_BYTES", 40_000)
     server.faults = [("PUT", 418, {})]  # one is refused, which must not stop the run
     recipe = Recipe.from_dict({"method": "rtn", "scheme": {"group_size": 32}})
-    out, before, verify = tmp_path / "out", list[str](), hub.verify_checkpoint
+    out, before, verify = tmp_path / "out", list[str](), upload.verify_checkpoint
 
     def note_and_verify(directory: Path) -> int:
         before.extend(server.puts())
         return verify(directory)
 
-    monkeypatch.setattr(hub, "verify_checkpoint", note_and_verify)
-    hub.quantize_and_push(REPO, make_checkpoint(), out, recipe, Options(), Silent())
+    monkeypatch.setattr(upload, "verify_checkpoint", note_and_verify)
+    upload.quantize_and_push(REPO, make_checkpoint(), out, recipe, Options(), Silent())
     assert len(before) == len(shas(out)), "shards were not sent during the run"
     assert len(server.puts()) == len(before) + 1, "the one that was refused was not sent again, or others were"
     check_pushed(server, out)
@@ -232,7 +233,7 @@ def test_shards_are_sent_while_the_run_goes_on(
 def test_a_repository_that_cannot_be_written_is_known_before_the_run(server: HubServer, tmp_path: Path) -> None:
     server.faults = [("repos/create", 403, {})]
     with pytest.raises(HubError, match="the token may not write there"):
-        hub.Ahead(Silent(), tmp_path, REPO)
+        upload.Ahead(Silent(), tmp_path, REPO)
 
 
 def test_push_to_hub_of_a_loaded_model_writes_the_packed_weights(server: HubServer, finished: Path) -> None:

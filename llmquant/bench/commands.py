@@ -5,16 +5,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from llmquant.bench import generate as generating
-from llmquant.bench import kernels as products
-from llmquant.checkpoint.reader import Checkpoint
-from llmquant.native import describe_backend
-from llmquant.scheme import Scheme
+from llmquant.bench.timing import SHORT
 
 app = typer.Typer(help="Speed on this machine, beside the peers that are installed.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -29,6 +24,11 @@ def kernels(
     as_json: Json = False,
 ) -> None:
     """Products with one packed weight, beside torch's, ONNX Runtime's and llama.cpp's. Takes minutes for each shape."""
+    import torch
+
+    from llmquant.bench import kernels as products
+    from llmquant.scheme import Scheme
+
     if group_size not in (32, 64, 128):
         raise typer.BadParameter(f"--group-size {group_size}: use 32, 64 or 128")
     try:
@@ -59,15 +59,18 @@ def generate(
     directory: Annotated[Path, typer.Argument(metavar="DIR")],
     baseline: Annotated[Path | None, typer.Option(help="The original checkpoint, run by transformers in bf16.")] = None,
     gguf: Annotated[list[Path] | None, typer.Option(help="A file for llama.cpp; needs llama-cpp-python.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=generating.SHORT)] = 512,
+    prompt_tokens: Annotated[int, typer.Option(min=SHORT)] = 512,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     as_json: Json = False,
 ) -> None:
     """Tokens per second of a packed checkpoint: reading a prompt, and writing."""
-    room = max(prompt_tokens, generating.SHORT + new_tokens)
-    models = generating.contestants(directory, baseline, gguf or [], room)
+    from llmquant.bench.generate import contestants, measure
+    from llmquant.checkpoint.reader import Checkpoint
+
+    room = max(prompt_tokens, SHORT + new_tokens)
+    models = contestants(directory, baseline, gguf or [], room)
     vocab_size = int(Checkpoint.open(directory).config["vocab_size"])
-    results = list(generating.measure(models, prompt_tokens, new_tokens, vocab_size))
+    results = list(measure(models, prompt_tokens, new_tokens, vocab_size))
     table = _table("model", f"prompt of {prompt_tokens}, tokens/s", f"{new_tokens} new, tokens/s")
     for result in results:
         table.add_row(result.name, f"{result.prompt_per_second:.0f}", f"{result.new_per_second:.1f}")
@@ -75,6 +78,10 @@ def generate(
 
 
 def _table(*columns: str) -> Table:
+    import torch
+
+    from llmquant.native import describe_backend
+
     table = Table(caption=", ".join(f"{value}" for value in (describe_backend(), f"{torch.get_num_threads()} threads")))
     for column in columns:
         table.add_column(column, justify="left" if column in ("backend", "model") else "right")
@@ -82,7 +89,9 @@ def _table(*columns: str) -> Table:
 
 
 def _show(table: Table, results: list[dict[str, Any]], as_json: bool) -> None:
+    from llmquant.bench.kernels import machine
+
     if as_json:
-        sys.stdout.write(json.dumps(products.machine() | {"results": results}, indent=2) + "\n")
+        sys.stdout.write(json.dumps(machine() | {"results": results}, indent=2) + "\n")
     else:
         Console().print(table)

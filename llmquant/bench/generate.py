@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmquant.bench.timing import seconds
+from llmquant.bench.timing import SHORT, seconds
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError
 from llmquant.kernels.cpu import PLANES
 from llmquant.plan import check_original
 from llmquant.runtime.loader import load
 
-SHORT = 16  # tokens of the prompt before what is written
 ROUNDS = 5
 
 

@@ -9,6 +9,7 @@ Call = Callable[[], Any]
 
 TURNS, EACH_TURN, SECONDS = 20, 3, 1.5  # of each contestant, at the most
 PAUSE, AWAKE = 0.02, 0.01  # seconds
+SHORT = 16  # tokens of a prompt, where what is written after it is timed
 
 
 def in_turn(contestants: Mapping[str, Iterator[Call]]) -> dict[str, list[float]]:

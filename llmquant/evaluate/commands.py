@@ -3,20 +3,18 @@
 from enum import Enum
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from llmquant.checkpoint.durable import write_file
 from llmquant.display import print_json, progress, results, show_table
-from llmquant.evaluate.gate import gates, junit, require
-from llmquant.evaluate.protocol import Request
-from llmquant.evaluate.run import Evaluation
-from llmquant.evaluate.run import evaluate as run_evaluation
-from llmquant.evaluate.tasks import Choice, run_tasks, side_by_side
 from llmquant.evaluate.text import NAMED
 from llmquant.options import Device, parse_percent, parse_size, resolve_device
+
+if TYPE_CHECKING:
+    from llmquant.evaluate.run import Evaluation
+    from llmquant.evaluate.tasks import Choice
 
 
 class ProtocolName(str, Enum):
@@ -59,6 +57,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity; against a baseline also KL divergence and agreement. Exit code 3: a gate does not hold."""
+    from llmquant.checkpoint.durable import write_file
+    from llmquant.evaluate.gate import gates, junit, require
+    from llmquant.evaluate.protocol import Request
+    from llmquant.evaluate.run import evaluate as run_evaluation
+    from llmquant.evaluate.tasks import Choice
+
     bound, where = parse_percent(max_increase), resolve_device(device)
     if tasks is not None:
         if bound is not None or max_kl is not None or text_file or dataset:
@@ -91,8 +95,10 @@ def evaluate(
     require(asked)
 
 
-def ask(directory: Path, baseline: Path | None, choice: Choice, device: str, *, as_json: bool) -> None:
+def ask(directory: Path, baseline: Path | None, choice: "Choice", device: str, *, as_json: bool) -> None:
     """Tasks of lm-eval, and beside them those of the original."""
+    from llmquant.evaluate.tasks import run_tasks, side_by_side
+
     found = [run_tasks(each, choice, device=device) for each in (directory, baseline) if each is not None]
     if as_json:
         beside = {"baseline": found[1].to_dict()} if baseline else {}
@@ -104,7 +110,7 @@ def ask(directory: Path, baseline: Path | None, choice: Choice, device: str, *, 
     results.print(table)
 
 
-def readable(result: Evaluation) -> dict[str, Any]:
+def readable(result: "Evaluation") -> dict[str, Any]:
     """Each figure with its interval beside it."""
     facts = result.to_dict()
     for name, (low, high) in facts.pop("intervals").items():

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from llmquant import hub
 from llmquant.display import console, print_json
 
 
@@ -17,6 +16,8 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Verify a directory and upload it to the Hub. The same command again sends only what is missing."""
+    from llmquant.hub import upload
+
     sending = lambda file: console.print(f"sending {file}")  # noqa: E731
-    url = hub.push(directory, name, public=public, base_model=base_model, sending=sending)
+    url = upload.push(directory, name, public=public, base_model=base_model, sending=sending)
     print_json({"directory": str(directory), "commit": url}) if as_json else typer.echo(url)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmquant.checkpoint.reader import Checkpoint
 from llmquant.display import console
 from llmquant.errors import ServerError
 from llmquant.options import Device, Precision, PrecisionName, resolve_device
@@ -78,6 +77,8 @@ def serve(
 
 def exec_vllm(directory: Path, options: dict[str, Any], keys: Sequence[str]) -> None:
     """Become vLLM's server, with our kernels; its other options have its own defaults."""
+    from llmquant.checkpoint.reader import Checkpoint
+
     Checkpoint.open(directory)
     if not find_spec("vllm"):
         raise ServerError("--engine vllm needs vLLM in this environment; pip install vllm")

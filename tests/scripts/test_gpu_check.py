@@ -22,7 +22,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 def test_wrong_use_is_one_line(arguments: tuple[str, ...]) -> None:
     ran = run(*arguments)
     assert ran.returncode == 2
-    assert ran.stderr == "error: usage: scripts/gpu_check.sh OUTDIR [--only kernels|solver|quantize]\n"
+    assert ran.stderr == "error: usage: scripts/gpu_check.sh OUTDIR [--only kernels|solver|quantize|serve]\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -19,7 +19,7 @@ pytest.importorskip("openai")
 import httpx
 import openai
 import psutil
-from conftest import KEY, Server
+from serving import KEY, Server
 from typer.testing import CliRunner
 
 from llmquant.cli import app
@@ -222,7 +222,21 @@ def test_metrics_count(server: Server, ask: Callable[..., httpx.Response]) -> No
     assert [b - a for a, b in zip(before, after, strict=True)] == [usage["prompt_tokens"], 5, 1, 1]
 
 
-def test_more_than_may_wait_are_told_to_come_back(packed: Path, start: Callable[..., Any]) -> None:
+def end(server: Server, signum: int, path: str, **asked: Any) -> None:
+    """A signal, and a stream that it finds half done: it comes to its end, and then the server does."""
+    body = {"model": server.name, "stream": True, "max_tokens": 400, "temperature": 0} | asked
+    with server.client() as client, client.stream("POST", path, json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signum)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.process.wait(timeout=30) == 0
+    assert server.process.stderr.read() == ""
+
+
+def test_more_than_may_wait_are_told_to_come_back_and_a_signal_lets_answers_end(
+    packed: Path, start: Callable[..., Any]
+) -> None:
     with start(packed, "--max-concurrency", 1, "--max-queue", 1) as server, ThreadPoolExecutor(6) as pool:
         body = {"model": server.name, "messages": HELLO} | LONG
         post = lambda _: httpx.post(  # noqa: E731
@@ -233,19 +247,7 @@ def test_more_than_may_wait_are_told_to_come_back(packed: Path, start: Callable[
         late = next(each for each in found if each.status_code == 429)
         assert (late.headers["Retry-After"], error_of(late)["code"]) == ("1", "queue_full")
         assert server.metric("admission_rejections_total") == sum(each.status_code == 429 for each in found)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_answers_end(packed: Path, start: Callable[..., Any], signum: int) -> None:
-    with start(packed) as server, server.client() as client:
-        body = {"model": server.name, "messages": HELLO, "stream": True, "max_tokens": 400, "temperature": 0}
-        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            server.process.send_signal(signum)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert server.process.wait(timeout=30) == 0
-        assert server.process.stderr.read() == ""
+        end(server, signal.SIGTERM, "/v1/chat/completions", messages=HELLO)
 
 
 def test_a_port_that_is_taken_is_one_line(packed: Path) -> None:
@@ -305,3 +307,4 @@ def test_a_model_without_a_template_serves_completions_only(
         assert refused.status_code == 400
         assert "has no chat template; use /v1/completions" in error_of(refused)["message"]
         assert client.post("/v1/completions", json=told | {"prompt": "Hello"}).status_code == 200
+        end(server, signal.SIGINT, "/v1/completions", **{"model": "bare one", "prompt": "Hello"})
