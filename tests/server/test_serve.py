@@ -234,9 +234,7 @@ def end(server: Server, signum: int, path: str, **asked: Any) -> None:
     assert server.process.stderr.read() == ""
 
 
-def test_more_than_may_wait_are_told_to_come_back_and_a_signal_lets_answers_end(
-    packed: Path, start: Callable[..., Any]
-) -> None:
+def test_a_full_queue_says_come_back_and_a_signal_lets_answers_end(packed: Path, start: Callable[..., Any]) -> None:
     with start(packed, "--max-concurrency", 1, "--max-queue", 1) as server, ThreadPoolExecutor(6) as pool:
         body = {"model": server.name, "messages": HELLO} | LONG
         post = lambda _: httpx.post(  # noqa: E731
