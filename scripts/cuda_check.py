@@ -30,12 +30,17 @@ INSTRUCTIONS = {
     "LDG.128": r"LDG\.E\S*\.128",  # loads of 16 bytes
     "UBLKCP": r"UBLKCP\b",  # copies by the copy engine
     "UTMALDG": r"UTMALDG\.2D",  # and of boxes
+    "STAS": r"STAS\b",  # st.async to another block of the cluster
     "local": r"(?:LDL|STL)\b",  # memory for what registers have no room for
 }
 WAIT = "ACQBULK"  # griddepcontrol.wait; ptxas may move loads across it
 # Which of them a kernel cannot do without.
 NEEDED = {"stream": ("HMMA", "LDSM", "LDGSTS", "LDG.128"), "multiply_tiles": ("HMMA", "LDSM", "LDGSTS", "LDG.128")}
-HOPPER = {"multiply_groups": ("HGMMA", "UBLKCP", "UTMALDG")}  # on sm_90a; on others it is empty
+# On sm_90a; for others they are empty.
+HOPPER = {
+    "multiply_groups": ("HGMMA", "UBLKCP", "UTMALDG"),
+    "stream_in_cluster": ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STAS"),
+}
 
 
 class Kernel(NamedTuple):

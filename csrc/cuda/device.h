@@ -241,6 +241,7 @@ struct Launch {
     int shared_bytes;
     bool overlap;  // may begin before the kernel before it has ended
     void* stream;
+    int cluster = 1;  // blocks of one; a divisor of blocks, 8 at most
 };
 
 template <class Task>
@@ -250,16 +251,23 @@ int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
         if (error) return error;
     }
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (launch.overlap) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (launch.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
     config.blockDim = dim3(static_cast<unsigned>(launch.threads));
     config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
     config.stream = static_cast<cudaStream_t>(launch.stream);
-    config.attrs = &attribute;
-    config.numAttrs = launch.overlap ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     return cudaLaunchKernelEx(&config, kernel, task);
 }
 

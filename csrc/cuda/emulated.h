@@ -2,7 +2,7 @@
 // GPU.
 //
 // Threads of a block are fibers that run one at a time, each until it meets others: at a barrier, a shuffle, ldmatrix
-// or mma. Blocks follow each other. What the hardware leaves open is chosen badly on purpose, by `llmquant_emulate`:
+// or mma. Blocks follow each other, but for those of a cluster, which run together. What the hardware leaves open is chosen badly on purpose, by `llmquant_emulate`:
 // the order of threads and blocks, and whether an asynchronous copy arrives at once or not before it is waited for.
 // Shared memory starts out as NaNs. Fragments are placed as the PTX ISA documents them, not as layout.h does.
 //
@@ -27,12 +27,12 @@
 namespace llmquant::cuda {
 
 inline int thread_index() { return emulated::machine().running; }
-inline int block_index() { return emulated::machine().block; }
-inline int threads_of_block() { return static_cast<int>(emulated::machine().warps.size()) * LANES; }
-inline unsigned char* shared_memory() { return emulated::machine().shared; }
+inline int block_index() { return emulated::own_block().index; }
+inline int threads_of_block() { return static_cast<int>(emulated::own_block().threads.size()); }
+inline unsigned char* shared_memory() { return emulated::own_memory(); }
 
 inline void sync_block() {
-    emulated::meet(emulated::machine().everyone, threads_of_block(), [] {});
+    emulated::meet(emulated::own_block().everyone, threads_of_block(), [] {});
 }
 inline void sync_warp() {
     int none = 0;
@@ -40,7 +40,7 @@ inline void sync_warp() {
 }
 template <int THREADS>
 void sync_threads() {
-    emulated::meet(emulated::machine().some, THREADS, [] {});
+    emulated::meet(emulated::own_block().some, THREADS, [] {});
 }
 
 inline void fence() {}
@@ -80,25 +80,22 @@ inline void copy_async(void* to, const void* from, int bytes) {
     emulated::expect_aligned(to);
     emulated::expect_aligned(from);
     if (bytes < 0 || bytes > 16) emulated::fail("a copy of no possible size");
-    const auto place = static_cast<unsigned char*>(to) - m.shared;
+    const auto place = static_cast<unsigned char*>(to) - shared_memory();
     if (place < 0 || place + 16 > m.shared_bytes) emulated::fail("a copy outside of shared memory");
     const auto copy = [](const emulated::Copy& c) {
         std::memset(c.to, 0, 16);
         std::memcpy(c.to, c.from, static_cast<std::size_t>(c.bytes));
     };
     if (m.late)
-        m.threads[static_cast<std::size_t>(m.running)].groups.back().push_back({to, from, bytes});
+        emulated::own_thread().groups.back().push_back({to, from, bytes});
     else
         copy({to, from, bytes});
 }
 inline void copy_async_once(void* to, const void* from, uint64_t) { copy_async(to, from, 16); }
-inline void commit_copies() {
-    auto& groups = emulated::machine().threads[static_cast<std::size_t>(emulated::machine().running)].groups;
-    groups.emplace_back();
-}
+inline void commit_copies() { emulated::own_thread().groups.emplace_back(); }
 template <int PENDING>
 void await_copies() {
-    auto& groups = emulated::machine().threads[static_cast<std::size_t>(emulated::machine().running)].groups;
+    auto& groups = emulated::own_thread().groups;
     while (groups.size() > PENDING + 1) {  // the last one is not yet committed
         for (const emulated::Copy& c : groups.front()) {
             std::memset(c.to, 0, 16);
@@ -117,7 +114,7 @@ inline void load_matrices(uint32_t (&b)[4], const void* row) {
     emulated::meet_warp(own, [](Operands** all) {
         for (int matrix = 0; matrix < 4; ++matrix) {
             int rows_in[8] = {};  // each 16 bytes wide group of banks
-            for (int i = 0; i < 8; ++i) ++rows_in[(all[8 * matrix + i]->row - emulated::machine().shared) / 16 % 8];
+            for (int i = 0; i < 8; ++i) ++rows_in[(all[8 * matrix + i]->row - shared_memory()) / 16 % 8];
             emulated::Machine& m = emulated::machine();
             m.worst_conflict = std::max(m.worst_conflict, *std::max_element(rows_in, rows_in + 8));
             for (int lane = 0; lane < LANES; ++lane)
@@ -227,13 +224,12 @@ int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
     if (launch.shared_bytes > (m.device.capability == 90 ? emulated::MOST_SHARED : emulated::OTHERS_SHARED))
         m.failure = "more shared memory than a block has";
     std::mt19937 random(m.seed);
-    std::vector<int> order(static_cast<std::size_t>(launch.blocks));
+    if (launch.cluster > emulated::MOST_BLOCKS || launch.blocks % launch.cluster) m.failure = "no whole clusters";
+    std::vector<int> order(static_cast<std::size_t>(launch.blocks / launch.cluster));
     std::iota(order.begin(), order.end(), 0);
     if (m.seed) std::shuffle(order.begin(), order.end(), random);
-    for (std::size_t i = 0; i < order.size() && m.failure.empty(); ++i) {
-        m.block = order[i];
-        emulated::run_block(launch, [&] { kernel(task); }, random);
-    }
+    for (std::size_t i = 0; i < order.size() && m.failure.empty(); ++i)
+        emulated::run_cluster(launch, order[i] * launch.cluster, [&] { kernel(task); }, random);
     return m.failure.empty() ? 0 : 1;
 }
 

@@ -8,6 +8,7 @@
 #include "hopper.h"
 
 #define LLMQUANT_WGMMA
+#define LLMQUANT_CLUSTERS
 
 namespace llmquant::cuda {
 
@@ -16,21 +17,21 @@ using BoxMap = Boxes;
 
 namespace emulated {
 
-inline Phase& phase_of(const Barrier* barrier) {
-    const auto found = machine().barriers.find(barrier);
-    if (found == machine().barriers.end()) fail("an mbarrier that has not begun");
+inline Phase& phase_of(Block& block, const void* barrier) {
+    const auto found = block.barriers.find(barrier);
+    if (found == block.barriers.end()) fail("an mbarrier that has not begun");
     return found->second;
 }
+inline Phase& phase_of(const Barrier* barrier) { return phase_of(own_block(), barrier); }
 
 inline void expect_shared(const void* to, int64_t bytes, int64_t aligned) {
-    const auto place = static_cast<const unsigned char*>(to) - machine().shared;
+    const auto place = static_cast<const unsigned char*>(to) - own_memory();
     if (place < 0 || place + bytes > machine().shared_bytes) fail("a copy outside of shared memory");
     if (place % aligned) fail("a copy to where none can go");
 }
 
-// A copy that `barrier` is told of: at once, or when somebody waits there.
-inline void start_copy(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
-    Phase& phase = phase_of(barrier);
+// A copy that a barrier is told of: at once, or when somebody waits there.
+inline void start_copy(Phase& phase, int64_t bytes, std::function<void()> copy) {
     const auto arrive = [copy = std::move(copy), bytes, &phase] {
         copy();
         phase.bytes -= bytes;
@@ -46,7 +47,7 @@ inline void start_copy(Barrier* barrier, int64_t bytes, std::function<void()> co
 }  // namespace emulated
 
 inline void begin_barrier(Barrier* barrier, int arrivals) {
-    emulated::machine().barriers[barrier] = emulated::Phase{arrivals, 0, 0, 0, {}};
+    emulated::own_block().barriers[barrier] = emulated::Phase{arrivals, 0, 0, 0, {}};
 }
 inline void fence_barriers() {}
 inline void expect_bytes(Barrier* barrier, int bytes) {
@@ -65,18 +66,45 @@ inline void await_phase(Barrier* barrier, int parity) {
     }
 }
 
+inline int rank_in_cluster() { return emulated::machine().member; }
+inline int blocks_of_cluster() { return static_cast<int>(emulated::machine().cluster.size()); }
+inline int cluster_index() { return block_index() / blocks_of_cluster(); }
+inline void arrive_in_cluster() {
+    emulated::Machine& m = emulated::machine();
+    emulated::own_thread().awaited = m.all.round + 1;
+    if (++m.all.arrived < threads_of_block() * static_cast<int>(m.cluster.size())) return;
+    m.all.arrived = 0;
+    ++m.all.round;
+    m.steps = 0;
+}
+inline void await_cluster() {
+    while (emulated::machine().all.round < emulated::own_thread().awaited) emulated::yield();
+}
+inline void send(float* to, int rank, float value, Barrier* barrier) {
+    emulated::expect_shared(to, 4, 4);
+    emulated::Machine& m = emulated::machine();
+    if (rank < 0 || rank >= static_cast<int>(m.cluster.size())) emulated::fail("a block outside of the cluster");
+    emulated::Block& block = m.cluster[static_cast<std::size_t>(rank)];
+    if (!block.begun || block.ended()) emulated::fail("a store to a block that is not there");
+    const auto there = [&](const void* here) {
+        return block.memory->bytes + (static_cast<const unsigned char*>(here) - emulated::own_memory());
+    };
+    emulated::start_copy(emulated::phase_of(block, there(barrier)), 4,
+                         [to = there(to), value] { std::memcpy(to, &value, 4); });
+}
+
 inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, uint64_t) {
     emulated::expect_shared(to, bytes, 16);
     emulated::expect_aligned(from);
     if (bytes <= 0 || bytes % 16) emulated::fail("a copy of no possible size");
-    emulated::start_copy(barrier, bytes, [=] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
+    emulated::start_copy(emulated::phase_of(barrier), bytes, [=] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
 }
 
 inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
     const int row = 2 * map.box_columns;  // bytes
     emulated::expect_shared(to, int64_t{row} * map.box_tokens, 1024);
     if (row != 128) emulated::fail("a box of another width than its swizzle has");
-    emulated::start_copy(barrier, int64_t{row} * map.box_tokens, [=] {
+    emulated::start_copy(emulated::phase_of(barrier), int64_t{row} * map.box_tokens, [=] {
         for (int t = 0; t < map.box_tokens; ++t)
             for (int c = 0; c < map.box_columns; ++c) {
                 const bool there = token + t < map.tokens && column + c < map.columns;
@@ -96,7 +124,7 @@ inline int64_t map_boxes(const Boxes& boxes, BoxMap* map) {
 // PTX ISA, "Matrix descriptor": units of 16 bytes; the swizzle of 128 bytes exchanges bits 4..6 of an address with
 // themselves and bits 7..9.
 inline uint64_t matrix_of(const void* boxes) {
-    const auto place = static_cast<const unsigned char*>(boxes) - emulated::machine().shared;
+    const auto place = static_cast<const unsigned char*>(boxes) - emulated::own_memory();
     return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | static_cast<uint64_t>(place) >> 4;
 }
 inline uint64_t matrix_at(uint64_t matrix, int bytes) { return matrix + static_cast<uint64_t>(bytes >> 4); }
@@ -127,7 +155,7 @@ void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t
                 uint64_t at = ((matrix & 0x3fff) << 4) + n / 8 * eight_rows + n % 8 * 128 + 2 * k;
                 at ^= (at >> 7 & 7) << 4;
                 uint16_t number;
-                std::memcpy(&number, emulated::machine().shared + at, 2);
+                std::memcpy(&number, emulated::own_memory() + at, 2);
                 B[k][n] = emulated::decoded(number, T());
             }
         for (int lane = 0; lane < LANES; ++lane)

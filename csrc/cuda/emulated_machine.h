@@ -1,5 +1,5 @@
-// The threads of a block as fibers, where they meet, and what copies of theirs are on their way: what the instructions
-// of emulated.h and emulated_hopper.h are made of.
+// The threads of a block, or of a cluster of them, as fibers, where they meet, and what copies of theirs are on their
+// way: what the instructions of emulated.h and emulated_hopper.h are made of.
 #pragma once
 
 #include <ucontext.h>
@@ -33,11 +33,13 @@ struct Launch {
     int shared_bytes;
     bool overlap;
     void* stream;
+    int cluster = 1;
 };
 
 namespace emulated {
 
 constexpr int64_t STACK = 128 * 1024;
+constexpr int MOST_BLOCKS = 8;            // of a cluster, on every device that has them
 constexpr int MOST_SHARED = 227 * 1024;   // of a block, on sm_90
 constexpr int OTHERS_SHARED = 99 * 1024;  // on the smallest device that is served (sm_86)
 
@@ -66,6 +68,7 @@ struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     bool ended = false;
+    int64_t awaited = 0;  // round of the cluster's meeting
     std::vector<std::vector<Copy>> groups;
 };
 
@@ -76,18 +79,33 @@ struct Meeting {
     void* operands[LANES] = {};
 };
 
+struct alignas(1024) Shared {
+    unsigned char bytes[MOST_SHARED];
+};
+
+struct Block {
+    int index = 0;
+    bool begun = false;
+    std::vector<Thread> threads;
+    std::vector<Meeting> warps;
+    Meeting everyone, some;
+    std::map<const void*, Phase> barriers;
+    std::unique_ptr<Shared> memory;
+
+    bool ended() const {
+        return std::all_of(threads.begin(), threads.end(), [](const Thread& thread) { return thread.ended; });
+    }
+};
+
 struct Machine {
     Device device = {2, 90};
     uint32_t seed = 0;
     bool late = false;  // copies arrive when they are waited for
 
-    std::vector<Thread> threads;
-    std::vector<Meeting> warps;
-    Meeting everyone, some;
-    std::map<const void*, Phase> barriers;
+    std::vector<Block> cluster;  // the blocks that run now
+    Meeting all;                 // of their threads
     ucontext_t scheduler;
-    int running = 0, block = 0;
-    alignas(1024) unsigned char shared[MOST_SHARED];
+    int member = 0, running = 0;  // the block that has its turn, and its thread
     int shared_bytes = 0;
     int worst_conflict = 0;  // of ldmatrix: rows of one matrix in the same banks; 1 is none
     std::string failure;
@@ -99,10 +117,11 @@ inline Machine& machine() {
     return one;
 }
 
-inline void yield() {
-    Machine& m = machine();
-    swapcontext(&m.threads[static_cast<std::size_t>(m.running)].context, &m.scheduler);
-}
+inline Block& own_block() { return machine().cluster[static_cast<std::size_t>(machine().member)]; }
+inline Thread& own_thread() { return own_block().threads[static_cast<std::size_t>(machine().running)]; }
+inline unsigned char* own_memory() { return own_block().memory->bytes; }
+
+inline void yield() { swapcontext(&own_thread().context, &machine().scheduler); }
 
 inline void fail(const char* what) {
     if (machine().failure.empty()) machine().failure = what;
@@ -128,57 +147,75 @@ void meet(Meeting& meeting, int members, Work work) {
 
 template <class Operands, class Work>
 void meet_warp(Operands& own, Work work) {
-    Machine& m = machine();
-    Meeting& warp = m.warps[static_cast<std::size_t>(m.running / LANES)];
-    warp.operands[m.running % LANES] = &own;
+    const int running = machine().running;
+    Meeting& warp = own_block().warps[static_cast<std::size_t>(running / LANES)];
+    warp.operands[running % LANES] = &own;
     meet(warp, LANES, [&] { work(reinterpret_cast<Operands**>(warp.operands)); });
 }
 
-// Runs `body` in every thread of one block.
+// A thread that will run `body` when it has its turn.
+inline void begin(Thread& thread, void (*body)()) {
+    if (!thread.stack) thread.stack.reset(new char[STACK]);
+    thread.ended = false;
+    thread.awaited = 0;
+    thread.groups.assign(1, {});
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = STACK;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, body, 0);
+}
+
+// Runs `body` in every thread of the blocks from `first` on that are a cluster.
 template <class Body>
-void run_block(const Launch& launch, const Body& body, std::mt19937& random) {
+void run_cluster(const Launch& launch, int first, const Body& body, std::mt19937& random) {
     Machine& m = machine();
     const auto count = static_cast<std::size_t>(launch.threads);
-    std::memset(m.shared, 0xff, sizeof m.shared);
-    m.warps.assign(count / LANES, Meeting());
-    m.everyone = m.some = Meeting();
-    m.barriers.clear();
-    if (m.threads.size() < count) m.threads.resize(count);
+    m.cluster.resize(static_cast<std::size_t>(launch.cluster));
+    m.all = Meeting();
 
     static const Body* current;
     current = &body;
-    for (std::size_t i = 0; i < count; ++i) {
-        Thread& thread = m.threads[i];
-        if (!thread.stack) thread.stack.reset(new char[STACK]);
-        thread.ended = false;
-        thread.groups.assign(1, {});
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = STACK;
-        thread.context.uc_link = nullptr;
-        makecontext(
-            &thread.context,
-            +[] {
-                (*current)();
-                machine().threads[static_cast<std::size_t>(machine().running)].ended = true;
-                yield();
-            },
-            0);
+    std::vector<std::pair<int, int>> order;  // members and their threads
+    for (int member = 0; member < launch.cluster; ++member) {
+        Block& block = m.cluster[static_cast<std::size_t>(member)];
+        block.index = first + member;
+        block.begun = false;
+        block.warps.assign(count / LANES, Meeting());
+        block.everyone = block.some = Meeting();
+        block.barriers.clear();
+        if (!block.memory) block.memory.reset(new Shared);
+        std::memset(block.memory->bytes, 0xff, MOST_SHARED);
+        block.threads.resize(count);
+        for (std::size_t i = 0; i < count; ++i) {
+            begin(
+                block.threads[i], +[] {
+                    (*current)();
+                    own_thread().ended = true;
+                    yield();
+                });
+            order.emplace_back(member, static_cast<int>(i));
+        }
     }
-    std::vector<int> order(count);
-    std::iota(order.begin(), order.end(), 0);
     if (m.seed) std::shuffle(order.begin(), order.end(), random);
+    // One block begins when the others have come as far as they can without it.
+    int held = m.seed && launch.cluster > 1 ? static_cast<int>(random() % static_cast<unsigned>(launch.cluster)) : -1;
     for (bool going = true; going && m.failure.empty();) {
         going = false;
-        for (const int index : order) {
-            Thread& thread = m.threads[static_cast<std::size_t>(index)];
-            if (thread.ended || !m.failure.empty()) continue;
-            going = true;
+        for (const auto& [member, index] : order) {
+            m.member = member;
             m.running = index;
+            Thread& thread = own_thread();
+            if (thread.ended || member == held || !m.failure.empty()) continue;
+            going = own_block().begun = true;
             swapcontext(&m.scheduler, &thread.context);
             if (thread.ended) m.steps = 0;
         }
         if (++m.steps > 4) m.failure = "threads wait for others that never come";
+        if (held >= 0 && (m.steps > 2 || !going)) {
+            held = -1;
+            going = true;
+        }
     }
 }
 

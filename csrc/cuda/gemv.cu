@@ -4,8 +4,12 @@
 // their use, so 4 KB to a warp are always on their way; nothing waits at a barrier. Tokens are the 8 columns of B: one
 // kernel serves 1 to 8 of them. Activations, scales and zeros take the way through shared memory, as far ahead, into a
 // ring that is the warp's own. Sums are of integers until their group ends; then they get their scale, in fp32.
+//
+// Where several blocks share a tile, their sums are added up in one of two ways: by way of memory (`stream`), or inside of
+// a cluster (`stream_in_cluster`).
 
 #include "finish.h"
+#include "hopper.h"
 
 namespace llmquant::cuda {
 namespace {
@@ -159,11 +163,9 @@ __device__ __forceinline__ float* partials_at(const Product& product, int slot) 
     return &product.partials->value[0] + int64_t{slot} * TOKENS * ROWS + thread_index();
 }
 
-template <class T>
-__device__ void finish(const Product& product, const Segment& segment, Shared& shared) {
-    const Schedule& schedule = product.schedule;
+// What this block's warps have left, added up.
+__device__ __forceinline__ void add_up(const Shared& shared, float (&sums)[TOKENS / PARTS]) {
     const int row = thread_index() % ROWS;
-    float sums[TOKENS / PARTS];
     sync_block();
 #pragma unroll
     for (int i = 0; i < TOKENS / PARTS; ++i) {
@@ -173,6 +175,13 @@ __device__ void finish(const Product& product, const Segment& segment, Shared& s
         for (int warp = 0; warp < COLUMN_WARPS; ++warp)
             sums[i] += shared.own[row / TILE * COLUMN_WARPS + warp].sums[token * STRIDE + row % TILE];
     }
+}
+
+template <class T>
+__device__ void finish(const Product& product, const Segment& segment, Shared& shared) {
+    const Schedule& schedule = product.schedule;
+    float sums[TOKENS / PARTS];
+    add_up(shared, sums);
     if (!is_whole(schedule, segment)) {
         float* own = partials_at(product, slot_of(block_index(), segment.begin == 0));
 #pragma unroll
@@ -192,30 +201,36 @@ __device__ void finish(const Product& product, const Segment& segment, Shared& s
     write<T>(product, segment.tile, sums);
 }
 
+// Walks this block's chunks of a tile, and leaves the sums of each warp in shared memory.
+template <class T, bool ZEROS>
+__device__ __forceinline__ void sum_up(const Product& product, const Segment& segment, Shared& shared) {
+    const int thread = thread_index(), warp = thread / LANES, lane = thread % LANES;
+    const int count = segment.end - segment.begin, part = warp % COLUMN_WARPS;
+    Walk<T, ZEROS> walk = {product,
+                           shared.own[warp].ring,
+                           segment.tile * ROW_WARPS + warp / COLUMN_WARPS,
+                           lane,
+                           product.weight.layout.shift == 1,
+                           {}};
+    walk.walk(segment.begin + count * part / COLUMN_WARPS, segment.begin + count * (part + 1) / COLUMN_WARPS);
+    sync_warp();  // the ring becomes room for sums
+#pragma unroll
+    for (int j = 0; j < WORDS; ++j)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+            shared.own[warp].sums[sum_token(lane, r) * STRIDE + 16 * j + sum_row(lane, r)] = walk.sums[j][r];
+}
+
 template <class T, bool ZEROS>
 __global__ void __launch_bounds__(THREADS, 2) stream(Product product) {
     let_next_begin();
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
     for (int done = 0; done < units_of(product.schedule, block_index());) {
         const Segment segment = segment_at(product.schedule, block_index(), done);
-        const int thread = thread_index(), warp = thread / LANES, lane = thread % LANES;
-        const int count = segment.end - segment.begin, part = warp % COLUMN_WARPS;
-        Walk<T, ZEROS> walk = {product,
-                               shared.own[warp].ring,
-                               segment.tile * ROW_WARPS + warp / COLUMN_WARPS,
-                               lane,
-                               product.weight.layout.shift == 1,
-                               {}};
-        walk.walk(segment.begin + count * part / COLUMN_WARPS, segment.begin + count * (part + 1) / COLUMN_WARPS);
-        sync_warp();  // the ring becomes room for sums
-#pragma unroll
-        for (int j = 0; j < WORDS; ++j)
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-                shared.own[warp].sums[sum_token(lane, r) * STRIDE + 16 * j + sum_row(lane, r)] = walk.sums[j][r];
+        sum_up<T, ZEROS>(product, segment, shared);
         finish<T>(product, segment, shared);
         sync_block();  // the sums become room for the ring
-        done += count;
+        done += segment.end - segment.begin;
     }
 }
 
@@ -236,8 +251,83 @@ int64_t start(const Product& product, int64_t kind, void* stream_of_task) {
     return launch(kernel, {product.schedule.blocks, THREADS, sizeof(Shared), product.overlap, stream_of_task}, product);
 }
 
+// The blocks of a tile as a cluster. Each answers for some of the rows at the end, and is sent what the others have
+// summed for them: no way through memory, and no tickets.
+struct Gathering {
+    Shared shared;
+    Barrier arrived;            // all sums are there
+    float sums[TOKENS * ROWS];  // [blocks][TOKENS][rows of a block]
+};
+static_assert(sizeof(Gathering) <= 48 * 1024, "it fits without asking for more");
+
+template <class T>
+__device__ void write_gathered(const Product& product, const float* sums) {
+    const int blocks = blocks_of_cluster(), rows = ROWS >> shift_of(blocks);
+    const int first = cluster_index() * ROWS + rank_in_cluster() * rows, end = product.weight.layout.rows;
+#pragma unroll 1
+    for (int i = thread_index(); i < rows * product.tokens; i += THREADS) {
+        const int token = i * blocks / ROWS, row = i % ROWS & (rows - 1);
+        float sum = 0;
+        for (int from = 0; from < blocks; ++from) sum += sums[(from * TOKENS + token) * rows + row];
+        if (first + row >= end) continue;
+        sum += bias_at(product, first + row);
+        product.y[int64_t{token} * end + first + row] = static_cast<uint16_t>(to_pair<T>(sum, 0));
+    }
+}
+
+template <class T, bool ZEROS>
+__global__ void __launch_bounds__(THREADS, 2) stream_in_cluster(Product product) {
+#ifdef LLMQUANT_CLUSTERS
+    let_next_begin();
+    Gathering& own = *reinterpret_cast<Gathering*>(shared_memory());
+    if (thread_index() == 0) {
+        begin_barrier(&own.arrived, 1);
+        fence_barriers();
+        expect_bytes(&own.arrived, product.tokens * ROWS * static_cast<int>(sizeof(float)));
+    }
+    sync_warp();
+    arrive_in_cluster();  // I am here: others may write to my memory
+    sum_up<T, ZEROS>(product, part_of(product.schedule, cluster_index(), rank_in_cluster(), blocks_of_cluster()),
+                     own.shared);
+    float sums[TOKENS / PARTS];
+    add_up(own.shared, sums);
+
+    const int blocks = blocks_of_cluster(), rows = ROWS >> shift_of(blocks), row = thread_index() % ROWS;
+    await_cluster();
+#pragma unroll
+    for (int i = 0; i < TOKENS / PARTS; ++i) {
+        const int token = thread_index() / ROWS + i * PARTS;
+        if (token < product.tokens)
+            send(&own.sums[(rank_in_cluster() * TOKENS + token) * rows + (row & (rows - 1))], row * blocks / ROWS,
+                 sums[i], &own.arrived);
+    }
+    await_phase(&own.arrived, 0);  // nobody writes here any more: the block may end when it has read
+    write_gathered<T>(product, own.sums);
+#endif
+}
+
+Schedule cluster_schedule(const Layout& layout, int64_t, const Device& device) {
+    return cluster_schedule_of(layout.tiles / ROW_WARPS, layout.steps / STEPS, int64_t{2} * device.processors,
+                               COLUMN_WARPS);
+}
+
+int64_t no_bytes(int64_t) { return 0; }
+
+int64_t start_cluster(const Product& product, int64_t kind, void* stream_of_task) {
+    const bool fp16 = kind == LLMQUANT_CUDA_FP16;
+    void (*const kernel)(Product) =
+        product.weight.zeros ? fp16 ? stream_in_cluster<Fp16, true> : stream_in_cluster<Bf16, true>
+        : fp16               ? stream_in_cluster<Fp16, false>
+                             : stream_in_cluster<Bf16, false>;
+    return launch(kernel,
+                  {product.schedule.blocks, THREADS, sizeof(Gathering), product.overlap, stream_of_task,
+                   cluster_of(product.schedule)},
+                  product);
+}
+
 }  // namespace
 
 const Path gemv = {schedule, tile_bytes, start};
+const Path cluster = {cluster_schedule, no_bytes, start_cluster};
 
 }  // namespace llmquant::cuda

@@ -1,5 +1,6 @@
-// What wgmma.cu asks of a Hopper device (sm_90a) beyond device.h, for warpgroups and the copy engine: one function for
-// each instruction. Compiled without nvcc, emulated_hopper.h stands for it.
+// What kernels ask of a Hopper device beyond device.h: barriers in shared memory, clusters and the copy engine, which
+// newer ones have, too, and warpgroups, which are of sm_90a alone. One function for each instruction. Compiled without
+// nvcc, emulated_hopper.h stands for it.
 #pragma once
 
 #include "device.h"
@@ -26,6 +27,9 @@ struct Boxes {
 // The instructions of sm_90a, which no other device has, may stand in what is compiled.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define LLMQUANT_WGMMA
+#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define LLMQUANT_CLUSTERS
 #endif
 
 namespace llmquant::cuda {
@@ -59,6 +63,39 @@ __device__ __forceinline__ void await_phase(Barrier* barrier, int parity) {
         "}" ::"r"(shared_address(barrier)),
         "r"(parity)
         : "memory");
+}
+
+// A cluster: blocks that run at the same time, and write to each other's shared memory.
+__device__ __forceinline__ int rank_in_cluster() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ int blocks_of_cluster() {
+    int blocks;
+    asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+    return blocks;
+}
+__device__ __forceinline__ int cluster_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
+// All threads of a cluster arrive, and then await each other. What they have written is not waited for.
+__device__ __forceinline__ void arrive_in_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void await_cluster() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// To the place that `to` is in this block, in the block of that rank, whose `barrier` is told of 4 bytes.
+__device__ __forceinline__ void send(float* to, int rank, float value, Barrier* barrier) {
+    uint32_t there, told;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(told) : "r"(shared_address(barrier)), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(there),
+                 "r"(__float_as_uint(value)), "r"(told)
+                 : "memory");
 }
 
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, uint64_t policy) {

@@ -50,7 +50,7 @@ struct Path {
     int64_t (*start)(const Product& product, int64_t kind, void* stream);
 };
 
-extern const Path gemv, gemm, wgmma;
+extern const Path gemv, cluster, gemm, wgmma;
 
 int64_t start_pack(const LlmquantCudaWeight& weight, const uint8_t* codes, const float* scales, const uint8_t* zeros,
                    void* stream);

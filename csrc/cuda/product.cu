@@ -16,6 +16,8 @@ const Path& path_of(int64_t path) {
     switch (path) {
         case LLMQUANT_CUDA_GEMV:
             return gemv;
+        case LLMQUANT_CUDA_CLUSTER:
+            return cluster;
         case LLMQUANT_CUDA_WGMMA:
             return wgmma;
         default:
@@ -39,8 +41,10 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     if (!aligned(task.x) || task.x_stride % GRANULE || !aligned(task.y) || !aligned(task.partials))
         return LLMQUANT_CUDA_BAD_ALIGNMENT;
     if (task.path < LLMQUANT_CUDA_AUTO || task.path > LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
-    if (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
+    const bool clusters = task.path == LLMQUANT_CUDA_CLUSTER;
+    if ((clusters || task.path == LLMQUANT_CUDA_GEMV) && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
     if (const int64_t error = find_device(&plan->device)) return error;
+    if (clusters && plan->device.capability < 90) return LLMQUANT_CUDA_BAD_PATH;
     if (task.path == LLMQUANT_CUDA_WGMMA && plan->device.capability != 90) return LLMQUANT_CUDA_BAD_PATH;
     plan->path = task.path == LLMQUANT_CUDA_AUTO
                      ? path_for(task.tokens, task.weight.rows * task.weight.columns, plan->device.capability)
@@ -62,7 +66,7 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     product.schedule = path.schedule(product.weight.layout, task.tokens, plan->device);
     if (!product.schedule.blocks) return LLMQUANT_CUDA_BAD_SIZE;
     plan->partials_bytes = product.schedule.blocks * SLOTS * path.tile_bytes(task.tokens);
-    plan->tickets = product.schedule.tiles;
+    plan->tickets = plan->partials_bytes ? product.schedule.tiles : 0;
     return 0;
 }
 

@@ -90,6 +90,24 @@ LLMQUANT_BOTH constexpr int last_block(const Schedule& schedule, int tile) {
     return block_of(schedule, (tile - schedule.whole + 1) * schedule.chunks - 1);
 }
 
+// Another way, for clusters: each tile belongs to 1, 2, 4 or 8 neighbouring blocks, which have equal parts of it; as many
+// as fit into so many blocks, and as leave each `least` chunks.
+constexpr Schedule cluster_schedule_of(int64_t tiles, int64_t chunks, int64_t blocks, int64_t least) {
+    if (tiles > MOST_UNITS || tiles * chunks > MOST_UNITS) return {};
+    int64_t parts = 1;
+    while (parts < 8 && 2 * parts * tiles <= blocks && 2 * parts * least <= chunks) parts *= 2;
+    return {static_cast<int>(tiles), static_cast<int>(chunks), static_cast<int>(tiles * parts), 0, 1, 0, 0};
+}
+
+constexpr int cluster_of(const Schedule& schedule) { return schedule.blocks / schedule.tiles; }
+
+// The logarithm of 1, 2, 4 or 8.
+LLMQUANT_BOTH constexpr int shift_of(int parts) { return (parts >> 1) - (parts >> 3); }
+
+LLMQUANT_BOTH constexpr Segment part_of(const Schedule& schedule, int tile, int part, int parts) {
+    return {tile, schedule.chunks * part >> shift_of(parts), schedule.chunks * (part + 1) >> shift_of(parts)};
+}
+
 // A block shares at most two tiles: the one that its run begins within, and the one that it ends within.
 constexpr int SLOTS = 2;
 LLMQUANT_BOTH constexpr int slot_of(int block, bool begins_tile) { return SLOTS * block + (begins_tile ? 1 : 0); }

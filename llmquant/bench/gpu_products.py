@@ -23,9 +23,8 @@ def makers(dtype: torch.dtype, *, paths: bool = False) -> dict[str, Maker]:
         from llmquant.kernels import cuda
 
         found["llmquant"] = partial(ours, cuda)
-        named = {"gemv": cuda.GEMV, "gemm": cuda.GEMM, "wgmma": cuda.WGMMA, "slabs": cuda.DEQUANTIZE}
-        for name, path in named.items() if paths else ():
-            found[f"llmquant {name}"] = partial(ours, cuda, path=path)
+        for name in ("gemv", "cluster", "gemm", "wgmma", "dequantize") if paths else ():
+            found[f"llmquant {name}"] = partial(ours, cuda, path=getattr(cuda, name.upper()))
     if find_spec("triton"):
         from llmquant.kernels import triton
 

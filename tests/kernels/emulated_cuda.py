@@ -14,7 +14,7 @@ from llmquant.scheme import Quantized, Scheme
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
-AUTO, GEMV, GEMM, WGMMA, DEQUANTIZE = range(5)
+AUTO, GEMV, CLUSTER, GEMM, WGMMA, DEQUANTIZE = range(6)
 
 
 class Weight(ctypes.Structure):
@@ -148,7 +148,10 @@ class Emulator:
         task.x_stride, task.kind, task.path = held.shape[1], KINDS.index(x.dtype), path
         task.bias_kind = 0 if bias is None else KINDS.index(bias.dtype)
         room, count = self.sizes("workspace", task, 2)
-        partials, tickets = guarded(torch.full((room,), 0xFF, dtype=torch.uint8)), guarded(torch.zeros(count).int())
+        partials, tickets = (
+            guarded(torch.full((max(room, 16),), 0xFF, dtype=torch.uint8)),
+            guarded(torch.zeros(max(count, 1)).int()),
+        )
         task.partials, task.tickets, task.partials_bytes, task.tickets_count = (
             partials.data_ptr(),
             tickets.data_ptr(),

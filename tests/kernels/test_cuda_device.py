@@ -62,6 +62,25 @@ def test_products(scheme: Scheme, dtype: torch.dtype, kernels: ModuleType) -> No
         assert relative_error(y.cpu(), x.double() @ w.real.T + bias.double()) < BOUND[dtype], tokens
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(("m", "n"), [(200, 4096), (1000, 1000)] if DEVICE == "cuda" else [(100, 600)])
+def test_products_in_clusters(m: int, n: int, dtype: torch.dtype, kernels: ModuleType) -> None:
+    """The path is not in the table yet, so it is named."""
+    if kernels is not cuda:
+        pytest.skip("Triton has no clusters")
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a CUDA GPU from sm_90 on")
+    scheme = Scheme(4, 64)
+    w, bias = weight(scheme, m, n), torch.linspace(-1, 1, m).to(dtype)
+    held = packed(kernels, w)
+    for tokens in (1, 8):
+        x = rows(tokens, n, dtype)
+        multiply = lambda: cuda.linear(x.to(DEVICE), held, bias.to(DEVICE), m, scheme, cuda.CLUSTER)  # noqa: B023, E731
+        y = multiply()
+        assert relative_error(y.cpu(), x.double() @ w.real.T + bias.double()) < BOUND[dtype]
+        assert all(torch.equal(multiply(), y) for _ in range(100 if DEVICE == "cuda" else 1))
+
+
 @NEEDS_GPU
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize(("m", "n"), [(4096, 4096), (4096, 14336), (8192, 32)])

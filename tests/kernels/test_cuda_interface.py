@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from emulated_cuda import DEQUANTIZE, GEMM, GEMV, WGMMA, Emulator, Linear, Packed, Weight, random_weight
+from emulated_cuda import CLUSTER, DEQUANTIZE, GEMM, GEMV, WGMMA, Emulator, Linear, Packed, Weight, random_weight
 
 from llmquant.scheme import Scheme
 
@@ -45,6 +45,7 @@ def linear(packed: Packed, **changes: int) -> Linear:
         ({"x_stride": 132}, ALIGNMENT),
         ({"path": 9}, PATH),
         ({"path": GEMV, "tokens": 9}, PATH),
+        ({"path": CLUSTER, "tokens": 9}, PATH),
         ({"path": GEMM, "tokens": 2**28, "rows": 2**28}, SIZE),
     ],
     ids=str,
@@ -99,6 +100,14 @@ def test_the_path_of_a_large_weight(emulator: Emulator, packed: Packed, capabili
     smaller, larger = (linear(packed, columns=n, x_stride=n, **sizes) for n in (1 << 13, (1 << 13) + 8))
     assert emulator.call("path", ctypes.byref(smaller)) == GEMV
     assert emulator.call("path", ctypes.byref(larger)) == path
+
+
+def test_clusters_are_of_newer_devices_and_need_no_workspace(emulator: Emulator, packed: Packed) -> None:
+    task = linear(packed, tokens=2, path=CLUSTER)
+    for capability, expected in {80: PATH, 89: PATH, 90: CLUSTER, 120: CLUSTER}.items():
+        emulator.emulate(capability=capability)
+        assert emulator.call("path", ctypes.byref(task)) == expected
+    assert emulator.sizes("workspace", task, 2) == [0, 0]
 
 
 def test_wgmma_is_for_its_devices(emulator: Emulator, packed: Packed) -> None:

@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
-from emulated_cuda import GEMM, GEMV, WGMMA, Emulator, random_weight
+from emulated_cuda import CLUSTER, GEMM, GEMV, WGMMA, Emulator, random_weight
 from torch import Tensor
 
 from llmquant.scheme import Quantized, Scheme, dequantize
 
 SCHEMES = [Scheme(4, g, sym) for g in (32, 64, 128, -1) for sym in (True, False)]
 DTYPES = [torch.bfloat16, torch.float16]
-PATHS = {"gemv": GEMV, "gemm": GEMM, "wgmma": WGMMA}
+PATHS = {"gemv": GEMV, "cluster": CLUSTER, "gemm": GEMM, "wgmma": WGMMA}
 # One product in bf16 or fp16 of weights in that dtype is off by half a unit in the last place of y, and of each weight
 # in gemm: relative to the size of what is summed.
 ERRORS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -38,7 +38,7 @@ def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("path", "tokens"),
-    [("gemv", 1), ("gemv", 5), ("gemv", 8), ("gemm", 9), ("gemm", 20), ("gemm", 33), ("gemm", 65)]
+    [("gemv", 1), ("gemv", 5), ("gemv", 8), ("cluster", 5), ("gemm", 9), ("gemm", 20), ("gemm", 33), ("gemm", 65)]
     + [("wgmma", tokens) for tokens in (3, 9, 20, 33, 65, 130)],
 )
 def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: torch.dtype, scheme: Scheme) -> None:
@@ -54,7 +54,7 @@ def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: t
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(
     ("path", "tokens"),
-    [("gemv", 1), ("gemv", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
+    [("gemv", 1), ("gemv", 3), ("cluster", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
     + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)],
 )
 def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) -> None:
@@ -90,6 +90,29 @@ def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int,
             results.append(emulator.linear(x, packed, path=PATHS[path], runs=2 if tokens < 64 else 1))
         assert_close(results[0], x, q, scheme)
         assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(
+    ("m", "n", "processors", "blocks"), [(300, 1000, 2, 1), (200, 1100, 2, 2), (128, 1100, 2, 4), (100, 2100, 4, 8)]
+)
+def test_a_cluster_adds_up_a_tile(
+    emulator: Emulator, m: int, n: int, processors: int, blocks: int, tokens: int, late: bool
+) -> None:
+    tiles, chunks = -(-m // 128), -(-n // 128) * 2
+    assert blocks * tiles <= 2 * processors
+    assert 4 * blocks <= chunks
+    assert 2 * blocks * tiles > 2 * processors or blocks == 8, "it would be twice as many"
+    scheme = Scheme(4, 64, symmetric=False)
+    q, x = random_weight(scheme, m, n), random_x(tokens, n, torch.bfloat16)
+    bias, packed = torch.randn(m), emulator.pack(q, scheme, x.dtype)
+    results = []
+    for seed in range(4):
+        emulator.emulate(processors, seed=seed, late=late)
+        results.append(emulator.linear(x, packed, bias, CLUSTER, runs=2))
+    assert_close(results[0], x, q, scheme, bias)
+    assert all(torch.equal(results[0], y) for y in results)
 
 
 @pytest.mark.parametrize("path", PATHS)
