@@ -2,9 +2,10 @@
 // GPU.
 //
 // Threads of a block are fibers that run one at a time, each until it meets others: at a barrier, a shuffle, ldmatrix
-// or mma. Blocks follow each other, but for those of a cluster, which run together. What the hardware leaves open is chosen badly on purpose, by `llmquant_emulate`:
-// the order of threads and blocks, and whether an asynchronous copy arrives at once or not before it is waited for.
-// Shared memory starts out as NaNs. Fragments are placed as the PTX ISA documents them, not as layout.h does.
+// or mma. Blocks follow each other, but for those of a cluster, which run together. What the hardware leaves open is
+// chosen badly on purpose, by `llmquant_emulate`: the order of threads and blocks, and whether an asynchronous copy
+// arrives at once or not before it is waited for. Shared memory starts out as NaNs. Fragments are placed as the PTX ISA
+// documents them, not as layout.h does.
 //
 // What this cannot show: anything about time, races within what one thread does between two meetings, and registers
 // that are used while wgmma still reads or writes them.

@@ -93,11 +93,14 @@ inline void send(float* to, int rank, float value, Barrier* barrier) {
                          [to = there(to), value] { std::memcpy(to, &value, 4); });
 }
 
+inline void await_sent(Barrier* barrier) { await_phase(barrier, 0); }
+
 inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, uint64_t) {
     emulated::expect_shared(to, bytes, 16);
     emulated::expect_aligned(from);
     if (bytes <= 0 || bytes % 16) emulated::fail("a copy of no possible size");
-    emulated::start_copy(emulated::phase_of(barrier), bytes, [=] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
+    emulated::start_copy(emulated::phase_of(barrier), bytes,
+                         [=] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
 }
 
 inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {

@@ -5,8 +5,8 @@
 // kernel serves 1 to 8 of them. Activations, scales and zeros take the way through shared memory, as far ahead, into a
 // ring that is the warp's own. Sums are of integers until their group ends; then they get their scale, in fp32.
 //
-// Where several blocks share a tile, their sums are added up in one of two ways: by way of memory (`stream`), or inside of
-// a cluster (`stream_in_cluster`).
+// Where several blocks share a tile, their sums are added up in one of two ways: by way of memory (`stream`), or inside
+// of a cluster (`stream_in_cluster`).
 
 #include "finish.h"
 #include "hopper.h"
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(THREADS, 2) stream_in_cluster(Product product)
             send(&own.sums[(rank_in_cluster() * TOKENS + token) * rows + (row & (rows - 1))], row * blocks / ROWS,
                  sums[i], &own.arrived);
     }
-    await_phase(&own.arrived, 0);  // nobody writes here any more: the block may end when it has read
+    await_sent(&own.arrived);  // nobody writes here any more: the block may end when it has read
     write_gathered<T>(product, own.sums);
 #endif
 }
@@ -315,10 +315,10 @@ int64_t no_bytes(int64_t) { return 0; }
 
 int64_t start_cluster(const Product& product, int64_t kind, void* stream_of_task) {
     const bool fp16 = kind == LLMQUANT_CUDA_FP16;
-    void (*const kernel)(Product) =
-        product.weight.zeros ? fp16 ? stream_in_cluster<Fp16, true> : stream_in_cluster<Bf16, true>
-        : fp16               ? stream_in_cluster<Fp16, false>
-                             : stream_in_cluster<Bf16, false>;
+    void (*const kernel)(Product) = product.weight.zeros
+                                        ? fp16 ? stream_in_cluster<Fp16, true> : stream_in_cluster<Bf16, true>
+                                    : fp16 ? stream_in_cluster<Fp16, false>
+                                           : stream_in_cluster<Bf16, false>;
     return launch(kernel,
                   {product.schedule.blocks, THREADS, sizeof(Gathering), product.overlap, stream_of_task,
                    cluster_of(product.schedule)},

@@ -85,9 +85,7 @@ __device__ __forceinline__ int cluster_index() {
 __device__ __forceinline__ void arrive_in_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void await_cluster() {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void await_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // To the place that `to` is in this block, in the block of that rank, whose `barrier` is told of 4 bytes.
 __device__ __forceinline__ void send(float* to, int rank, float value, Barrier* barrier) {
     uint32_t there, told;
@@ -96,6 +94,18 @@ __device__ __forceinline__ void send(float* to, int rank, float value, Barrier* 
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(there),
                  "r"(__float_as_uint(value)), "r"(told)
                  : "memory");
+}
+
+// Until all that was sent to this block is there: the first phase of that barrier, as the whole cluster sees it.
+__device__ __forceinline__ void await_sent(Barrier* barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], 0;\n"
+        "@!ended bra again;\n"
+        "}" ::"r"(shared_address(barrier))
+        : "memory");
 }
 
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, uint64_t policy) {

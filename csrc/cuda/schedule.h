@@ -90,8 +90,8 @@ LLMQUANT_BOTH constexpr int last_block(const Schedule& schedule, int tile) {
     return block_of(schedule, (tile - schedule.whole + 1) * schedule.chunks - 1);
 }
 
-// Another way, for clusters: each tile belongs to 1, 2, 4 or 8 neighbouring blocks, which have equal parts of it; as many
-// as fit into so many blocks, and as leave each `least` chunks.
+// Another way, for clusters: each tile belongs to 1, 2, 4 or 8 neighbouring blocks, which have equal parts of it; as
+// many as fit into so many blocks, and as leave each `least` chunks.
 constexpr Schedule cluster_schedule_of(int64_t tiles, int64_t chunks, int64_t blocks, int64_t least) {
     if (tiles > MOST_UNITS || tiles * chunks > MOST_UNITS) return {};
     int64_t parts = 1;
