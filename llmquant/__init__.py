@@ -8,6 +8,7 @@ formats/      packed layouts: compressed-tensors, GPTQ, AWQ
 convert/      a packed checkpoint in another layout
 kernels/      INT4 matmul: the definition and the C++ path
 runtime/      a packed checkpoint as a transformers model
+server/       the same behind an HTTP interface
 sensitivity/  which linears hurt; mixed precision under a budget
 hub/          a finished directory on the Hub
 report/       a finished run on one page
