@@ -33,6 +33,9 @@ class EngineName(str, Enum):
 
 def serve(
     directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="-- OPTION...", help="With --engine vllm: what else vLLM is told.")
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     api_key: Annotated[
@@ -55,10 +58,13 @@ def serve(
         raise typer.BadParameter(f"--host {host}: others can reach it; give an --api-key, or set {KEY}")
     if not all(key.strip() for key in keys):
         raise typer.BadParameter("--api-key: is empty")
+    if more and engine is not EngineName.vllm:
+        raise typer.BadParameter(f"{more[0]}: options after -- are vLLM's; they go with --engine vllm")
     name = served_model_name or directory.resolve().name
     if engine is EngineName.vllm:
         told = {"--host": host, "--port": port, "--served-model-name": name, "--max-num-seqs": max_concurrency}
-        exec_vllm(directory, told | ({"--max-model-len": max_model_len} if max_model_len else {}), keys)
+        told |= {"--max-model-len": max_model_len} if max_model_len else {}
+        exec_vllm(directory, [*(str(part) for pair in told.items() for part in pair), *(more or ())], keys)
     missing = [package for package in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(package)]
     if missing:
         raise ServerError(f"serve needs {' and '.join(missing)}; pip install 'llmquant[serve]'")
@@ -75,8 +81,8 @@ def serve(
         run(service, keys, listening)
 
 
-def exec_vllm(directory: Path, options: dict[str, Any], keys: Sequence[str]) -> None:
-    """Become vLLM's server, with our kernels; its other options have its own defaults."""
+def exec_vllm(directory: Path, options: Sequence[str], keys: Sequence[str]) -> None:
+    """Become vLLM's server, with our kernels."""
     from llmquant.checkpoint.reader import Checkpoint
 
     Checkpoint.open(directory)
@@ -85,7 +91,7 @@ def exec_vllm(directory: Path, options: dict[str, Any], keys: Sequence[str]) -> 
     if len(keys) > 1:
         raise typer.BadParameter("--api-key: one of them, with --engine vllm")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    command += ["--quantization", "llmquant", *(str(part) for pair in options.items() for part in pair)]
+    command += ["--quantization", "llmquant", *options]
     # A key in the environment is seen by fewer people than one in the list of processes.
     os.execve(sys.executable, command, os.environ | ({"VLLM_API_KEY": keys[0]} if keys else {}))  # noqa: S606
 

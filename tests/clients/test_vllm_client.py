@@ -64,26 +64,20 @@ def test_three_ranks_compute_what_one_does(quantized_smollm2, tmp_path, layout: 
 
 
 @contextmanager
-def served(directory: Path, log: Path, *options: str) -> Iterator[str]:
-    """What `vllm serve` starts, on a free port: its address, while it runs.
+def served(directory: Path, log: Path, *, ours: bool) -> Iterator[str]:
+    """What `vllm serve` starts, or `llmquant serve --engine vllm`, on a free port: its address, while it runs.
 
-    That command itself asks for a package named vllm, which the wheel for the CPU is not.
+    The former command itself asks for a package named vllm, which the wheel for the CPU is not.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += [
-        "--max-model-len",
-        "512",
-        "--enforce-eager",
-        "--dtype",
-        "bfloat16",
-        "--served-model-name",
-        "m",
-        *options,
-    ]
+    command = [sys.executable, "-m"]
+    command += (
+        ["llmquant.cli", "serve", "--engine", "vllm"] if ours else ["vllm.entrypoints.openai.api_server", "--model"]
+    )
+    command += [str(directory), "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"]
+    command += ["--served-model-name", "m", *(["--"] if ours else []), "--enforce-eager", "--dtype", "bfloat16"]
     with log.open("w") as stream:
         environment = os.environ | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
@@ -114,9 +108,9 @@ def chat(url: str, question: str) -> str:
 def test_serve_answers_a_chat_request_by_its_kernels_and_by_ours(quantized_smollm2, tmp_path) -> None:
     directory = quantized_smollm2("compressed-tensors")
     question, line = "What is the capital of France?", "llmquant runs linears in int4 g64 symmetric"
-    with served(directory, tmp_path / "theirs.log") as url:
+    with served(directory, tmp_path / "theirs.log", ours=False) as url:
         theirs = chat(url, question)
-    with served(directory, tmp_path / "ours.log", "--quantization", "llmquant") as url:
+    with served(directory, tmp_path / "ours.log", ours=True) as url:
         ours = chat(url, question)
     assert "Paris" in theirs
     assert ours == theirs
