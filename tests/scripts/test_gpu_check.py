@@ -18,7 +18,9 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, check=False, env=told)
 
 
-@pytest.mark.parametrize("arguments", [(), ("out", "--only"), ("out", "--only", "everything"), ("out", "--fast", "solver")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("out", "--only"), ("out", "--only", "everything"), ("out", "--fast", "solver")]
+)
 def test_wrong_use_is_one_line(arguments: tuple[str, ...]) -> None:
     ran = run(*arguments)
     assert ran.returncode == 2
