@@ -79,7 +79,7 @@ class Stream:
             if left <= patience:
                 raise Refusal(504, f"the answer took more than {LONGEST:.0f} seconds", code="timeout") from error
             return None
-        if isinstance(event, torch.OutOfMemoryError | MemoryError):
+        if isinstance(event, Exception) and _is_out_of_memory(event):
             raise Refusal(503, "out of memory; try a shorter request, or later", code="out_of_memory", wait=10)
         if isinstance(event, Exception):
             raise Refusal(500, f"the answer failed: {type(event).__name__}")
@@ -100,6 +100,11 @@ class Stream:
         if event.finished:
             metrics.whole.observe(now - self._began)
             metrics.success.labels(event.finished).inc()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a CPU torch raises a RuntimeError that only its text tells from others."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 class Chats:

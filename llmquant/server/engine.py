@@ -87,6 +87,7 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Raises Full."""
         with self._changed:
+            self.waiting = deque(each for each in self.waiting if not each.cancelled.is_set())
             if len(self.waiting) >= self._queue:
                 raise Full
             self.waiting.append(job)

@@ -130,6 +130,8 @@ def test_more_than_may_wait_are_refused(engine: Engine) -> None:
         engine.submit(each.job)
     with pytest.raises(Full):
         engine.submit(Asked([5]).job)
+    asked[5].job.cancelled.set()
+    engine.submit(Asked([5]).job)
 
 
 def test_an_end_token_ends_without_text(packed: Path) -> None:
