@@ -42,7 +42,8 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
         return LLMQUANT_CUDA_BAD_ALIGNMENT;
     if (task.path < LLMQUANT_CUDA_AUTO || task.path > LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
     const bool clusters = task.path == LLMQUANT_CUDA_CLUSTER;
-    if ((clusters || task.path == LLMQUANT_CUDA_GEMV) && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
+    if (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
+    if (clusters && task.tokens > MOST_CLUSTER_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
     if (const int64_t error = find_device(&plan->device)) return error;
     if (clusters && plan->device.capability < 90) return LLMQUANT_CUDA_BAD_PATH;
     if (task.path == LLMQUANT_CUDA_WGMMA && plan->device.capability != 90) return LLMQUANT_CUDA_BAD_PATH;

@@ -73,7 +73,7 @@ def test_products_in_clusters(m: int, n: int, dtype: torch.dtype, kernels: Modul
     scheme = Scheme(4, 64)
     w, bias = weight(scheme, m, n), torch.linspace(-1, 1, m).to(dtype)
     held = packed(kernels, w)
-    for tokens in (1, 8):
+    for tokens in (1, 8, 16):
         x = rows(tokens, n, dtype)
         multiply = lambda: cuda.linear(x.to(DEVICE), held, bias.to(DEVICE), m, scheme, cuda.CLUSTER)  # noqa: B023, E731
         y = multiply()

@@ -45,7 +45,7 @@ def linear(packed: Packed, **changes: int) -> Linear:
         ({"x_stride": 132}, ALIGNMENT),
         ({"path": 9}, PATH),
         ({"path": GEMV, "tokens": 9}, PATH),
-        ({"path": CLUSTER, "tokens": 9}, PATH),
+        ({"path": CLUSTER, "tokens": 17}, PATH),
         ({"path": GEMM, "tokens": 2**28, "rows": 2**28}, SIZE),
     ],
     ids=str,

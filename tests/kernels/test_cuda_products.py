@@ -38,7 +38,17 @@ def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("path", "tokens"),
-    [("gemv", 1), ("gemv", 5), ("gemv", 8), ("cluster", 5), ("gemm", 9), ("gemm", 20), ("gemm", 33), ("gemm", 65)]
+    [
+        ("gemv", 1),
+        ("gemv", 5),
+        ("gemv", 8),
+        ("cluster", 5),
+        ("cluster", 13),
+        ("gemm", 9),
+        ("gemm", 20),
+        ("gemm", 33),
+        ("gemm", 65),
+    ]
     + [("wgmma", tokens) for tokens in (3, 9, 20, 33, 65, 130)],
 )
 def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: torch.dtype, scheme: Scheme) -> None:
@@ -54,7 +64,7 @@ def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: t
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(
     ("path", "tokens"),
-    [("gemv", 1), ("gemv", 3), ("cluster", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
+    [("gemv", 1), ("gemv", 3), ("cluster", 3), ("cluster", 16), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
     + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)],
 )
 def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) -> None:
@@ -93,7 +103,7 @@ def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int,
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 13])
 @pytest.mark.parametrize(
     ("m", "n", "processors", "blocks"), [(300, 1000, 2, 1), (200, 1100, 2, 2), (128, 1100, 2, 4), (100, 2100, 4, 8)]
 )
@@ -104,6 +114,7 @@ def test_a_cluster_adds_up_a_tile(
     assert blocks * tiles <= 2 * processors
     assert 4 * blocks <= chunks
     assert 2 * blocks * tiles > 2 * processors or blocks == 8, "it would be twice as many"
+    processors *= 1 if tokens <= 8 else 2  # which then have one block each, and not two
     scheme = Scheme(4, 64, symmetric=False)
     q, x = random_weight(scheme, m, n), random_x(tokens, n, torch.bfloat16)
     bias, packed = torch.randn(m), emulator.pack(q, scheme, x.dtype)
