@@ -1,6 +1,6 @@
 """What the command line says that is more than a number: sizes, lists, devices, and a recipe of many options.
 
-Like all that `cli.py` imports, this does without torch until it is needed: help and bad usage take no seconds.
+Like all that `cli.py` imports, this does without torch until it is needed: help takes half a second.
 """
 
 from enum import Enum
