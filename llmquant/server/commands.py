@@ -105,6 +105,7 @@ def make_service(
         CheckpointError: the directory cannot be loaded, or has no tokenizer.
         ServerError: its tokenizer cannot be used, or the model is not made for so many tokens.
     """
+    from llmquant.checkpoint.reader import Checkpoint
     from llmquant.model.tokenizer import load_tokenizer
     from llmquant.runtime.loader import load
     from llmquant.server.app import Service
@@ -112,6 +113,7 @@ def make_service(
     from llmquant.server.metrics import Metrics
     from llmquant.server.prompt import Prompts
 
+    Checkpoint.open(directory)  # what is none is told by its name, not by its tokenizer
     tokenizer = load_tokenizer(directory)
     if not tokenizer.is_fast:
         raise ServerError(f"{directory}: serve needs a tokenizer.json; save the tokenizer with a current transformers")

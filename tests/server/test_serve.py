@@ -284,9 +284,10 @@ def test_what_it_refuses(
 
 
 def test_a_directory_that_is_none(tmp_path: Path) -> None:
-    refused = CliRunner().invoke(app, ["serve", str(tmp_path / "none"), "--port", "0"])
-    assert isinstance(refused.exception, CheckpointError)
-    assert "no such directory" in str(refused.exception)
+    for directory, told in ((tmp_path / "none", "is not a directory"), (tmp_path, "config.json")):
+        refused = CliRunner().invoke(app, ["serve", str(directory), "--port", "0"])
+        assert isinstance(refused.exception, CheckpointError)
+        assert told in str(refused.exception)
 
 
 def test_a_model_without_a_template_serves_completions_only(
