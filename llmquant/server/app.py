@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from transformers import GenerationConfig
 
 from llmquant.server.engine import Engine, Event, Full, Job, Progress
@@ -191,9 +192,9 @@ async def respond(service: Service, request: Request, kind: type[Asked], style: 
     head = {"id": f"{style.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        events = _events(stream, style, head | {"object": style.stream_kind}, usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    found = await unless_gone(request, lambda: _collect(stream))
+        return EventResponse(stream, _events(stream, style, head | {"object": style.stream_kind}, usage))
+    with stream:
+        found = await unless_gone(request, lambda: _collect(stream))
     if found is None:
         return Response(status_code=499)  # to nobody
     text, finished = found
@@ -204,12 +205,23 @@ async def respond(service: Service, request: Request, kind: type[Asked], style: 
 async def _collect(stream: Stream) -> tuple[str, str]:
     """The whole text, and why it ended."""
     texts = []
-    with stream:
-        while True:
-            if event := await stream.next(LONGEST):
-                texts.append(event.text)
-                if event.finished:
-                    return "".join(texts), event.finished
+    while True:
+        if event := await stream.next(LONGEST):
+            texts.append(event.text)
+            if event.finished:
+                return "".join(texts), event.finished
+
+
+class EventResponse(StreamingResponse):
+    """Server-sent events. However it ends, and if nobody is there to see it begin, so does the answer."""
+
+    def __init__(self, stream: Stream, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._stream:
+            await super().__call__(scope, receive, send)
 
 
 async def _events(stream: Stream, style: Style, head: dict[str, Any], usage: bool) -> AsyncIterator[str]:
@@ -219,23 +231,22 @@ async def _events(stream: Stream, style: Style, head: dict[str, Any], usage: boo
         choice = {"index": 0, **part, "logprobs": None, "finish_reason": finished}
         return _event(head | {"choices": [choice]} | ({"usage": None} if usage else {}))
 
-    with stream:
-        try:
-            for part in style.opening:
-                yield chunk(part)
-            finished = None
-            while finished is None:
-                event = await stream.next(SILENCE)
-                if event is None:
-                    yield ": still here\n\n"
-                elif event.text or event.finished:
-                    yield chunk(style.part(event.text), event.finished)
-                finished = event and event.finished
-            if usage:
-                yield _event(head | {"choices": [], "usage": stream.usage})
-            yield "data: [DONE]\n\n"
-        except Refusal as refusal:
-            yield _event(refusal.to_dict())
+    try:
+        for part in style.opening:
+            yield chunk(part)
+        finished = None
+        while finished is None:
+            event = await stream.next(SILENCE)
+            if event is None:
+                yield ": still here\n\n"
+            elif event.text or event.finished:
+                yield chunk(style.part(event.text), event.finished)
+            finished = event and event.finished
+        if usage:
+            yield _event(head | {"choices": [], "usage": stream.usage})
+        yield "data: [DONE]\n\n"
+    except Refusal as refusal:
+        yield _event(refusal.to_dict())
 
 
 def _event(data: dict[str, Any]) -> str:

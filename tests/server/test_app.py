@@ -18,7 +18,7 @@ from llmquant.server import app as routes
 from llmquant.server import guard
 from llmquant.server.app import Service, make_app
 from llmquant.server.commands import make_service
-from llmquant.server.protocol import Refusal
+from llmquant.server.protocol import Completion, Refusal
 
 ASKED = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 5}
 
@@ -118,3 +118,22 @@ def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refusal) as refused:
         asyncio.run(guard.read_body(Slow()))
     assert refused.value.status == 408
+
+
+def test_who_is_gone_before_an_answer_begins(service: Service) -> None:
+    """The events are never asked for, so nothing inside of them could cancel."""
+    asked = Completion(model="tiny", prompt="Once", max_tokens=2000, stream=True)
+
+    async def run() -> routes.Stream:
+        async def gone() -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+        async def send(_: object) -> None:
+            await asyncio.sleep(60)
+
+        stream = routes.Stream(service, asked, [5, 6])
+        response = routes.EventResponse(stream, routes._events(stream, routes.Completions, {}, usage=False))
+        await response({"type": "http", "asgi": {"spec_version": "2.3"}}, gone, send)
+        return stream
+
+    assert asyncio.run(run())._job.cancelled.is_set()
