@@ -30,6 +30,14 @@ inline void expect_shared(const void* to, int64_t bytes, int64_t aligned) {
     if (place % aligned) fail("a copy to where none can go");
 }
 
+// An arrival, and so many bytes are to come.
+inline void expect_more(Phase& phase, int bytes) {
+    phase.bytes += bytes;
+    ++phase.arrived;
+    phase.settle();
+    machine().steps = 0;
+}
+
 // A copy that a barrier is told of: at once, or when somebody waits there.
 inline void start_copy(Phase& phase, int64_t bytes, std::function<void()> copy) {
     const auto arrive = [copy = std::move(copy), bytes, &phase] {
@@ -50,13 +58,7 @@ inline void begin_barrier(Barrier* barrier, int arrivals) {
     emulated::own_block().barriers[barrier] = emulated::Phase{arrivals, 0, 0, 0, {}};
 }
 inline void fence_barriers() {}
-inline void expect_bytes(Barrier* barrier, int bytes) {
-    emulated::Phase& phase = emulated::phase_of(barrier);
-    phase.bytes += bytes;
-    ++phase.arrived;
-    phase.settle();
-    emulated::machine().steps = 0;
-}
+inline void expect_bytes(Barrier* barrier, int bytes) { emulated::expect_more(emulated::phase_of(barrier), bytes); }
 inline void arrive(Barrier* barrier) { expect_bytes(barrier, 0); }
 inline void await_phase(Barrier* barrier, int parity) {
     emulated::Phase& phase = emulated::phase_of(barrier);
@@ -80,17 +82,32 @@ inline void arrive_in_cluster() {
 inline void await_cluster() {
     while (emulated::machine().all.round < emulated::own_thread().awaited) emulated::yield();
 }
+
+namespace emulated {
+
+inline Block& block_of(int rank) {
+    if (rank < 0 || rank >= static_cast<int>(machine().cluster.size())) fail("a block outside of the cluster");
+    Block& block = machine().cluster[static_cast<std::size_t>(rank)];
+    if (!block.begun || block.ended()) fail("a block of the cluster that is not there");
+    return block;
+}
+
+// The same place in another block's memory.
+inline unsigned char* place_in(const Block& block, const void* here) {
+    return block.memory->bytes + (static_cast<const unsigned char*>(here) - own_memory());
+}
+
+}  // namespace emulated
+
+inline void arrive_at(Barrier* barrier, int rank) {
+    emulated::Block& block = emulated::block_of(rank);
+    emulated::expect_more(emulated::phase_of(block, emulated::place_in(block, barrier)), 0);
+}
 inline void send(float* to, int rank, float value, Barrier* barrier) {
     emulated::expect_shared(to, 4, 4);
-    emulated::Machine& m = emulated::machine();
-    if (rank < 0 || rank >= static_cast<int>(m.cluster.size())) emulated::fail("a block outside of the cluster");
-    emulated::Block& block = m.cluster[static_cast<std::size_t>(rank)];
-    if (!block.begun || block.ended()) emulated::fail("a store to a block that is not there");
-    const auto there = [&](const void* here) {
-        return block.memory->bytes + (static_cast<const unsigned char*>(here) - emulated::own_memory());
-    };
-    emulated::start_copy(emulated::phase_of(block, there(barrier)), 4,
-                         [to = there(to), value] { std::memcpy(to, &value, 4); });
+    emulated::Block& block = emulated::block_of(rank);
+    emulated::start_copy(emulated::phase_of(block, emulated::place_in(block, barrier)), 4,
+                         [to = emulated::place_in(block, to), value] { std::memcpy(to, &value, 4); });
 }
 
 inline void await_sent(Barrier* barrier) { await_phase(barrier, 0); }
@@ -103,18 +120,30 @@ inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier, u
                          [=] { std::memcpy(to, from, static_cast<std::size_t>(bytes)); });
 }
 
-inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
+namespace emulated {
+
+inline void start_box(Block& block, void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
     const int row = 2 * map.box_columns;  // bytes
-    emulated::expect_shared(to, int64_t{row} * map.box_tokens, 1024);
-    if (row != 128) emulated::fail("a box of another width than its swizzle has");
-    emulated::start_copy(emulated::phase_of(barrier), int64_t{row} * map.box_tokens, [=] {
+    expect_shared(to, int64_t{row} * map.box_tokens, 1024);
+    if (row != 128) fail("a box of another width than its swizzle has");
+    start_copy(phase_of(block, place_in(block, barrier)), int64_t{row} * map.box_tokens, [=, to = place_in(block, to)] {
         for (int t = 0; t < map.box_tokens; ++t)
             for (int c = 0; c < map.box_columns; ++c) {
                 const bool there = token + t < map.tokens && column + c < map.columns;
                 const uint16_t number = there ? map.from[(token + t) * map.stride + column + c] : 0;
-                std::memcpy(static_cast<char*>(to) + t * row + ((c / 8 ^ t % 8) * 16 + c % 8 * 2), &number, 2);
+                std::memcpy(to + t * row + ((c / 8 ^ t % 8) * 16 + c % 8 * 2), &number, 2);
             }
     });
+}
+
+}  // namespace emulated
+
+inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
+    emulated::start_box(emulated::own_block(), to, map, column, token, barrier);
+}
+inline void copy_box_to_both(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
+    if (emulated::machine().cluster.size() != 2) emulated::fail("a cluster that is not of two blocks");
+    for (int rank = 0; rank < 2; ++rank) emulated::start_box(emulated::block_of(rank), to, map, column, token, barrier);
 }
 
 inline void prefetch_map(const BoxMap&) {}

@@ -9,20 +9,20 @@ namespace llmquant::cuda {
 // calling block's own included, which it has just written. Called by all threads that `sync` is a barrier of; `word`
 // is theirs, in shared memory.
 template <class Sync>
-__device__ __forceinline__ bool is_last(const Product& product, int tile, int* word, Sync sync) {
+__device__ __forceinline__ bool is_last(const Product& product, int tile, int ticket, int* word, Sync sync) {
     const Schedule& schedule = product.schedule;
     sync();
     if (thread_index() == 0) {
         const int others = last_block(schedule, tile) - first_block(schedule, tile);
         fence();  // what all threads have written, before the ticket
-        *word = draw_ticket(product.tickets + tile, static_cast<uint32_t>(others));
+        *word = draw_ticket(product.tickets + ticket, static_cast<uint32_t>(others));
         fence();  // the ticket, before what the others have written
     }
     sync();
     return *word != 0;
 }
 __device__ __forceinline__ bool is_last(const Product& product, int tile, int* word) {
-    return is_last(product, tile, word, [] { sync_block(); });
+    return is_last(product, tile, tile, word, [] { sync_block(); });
 }
 
 __device__ __forceinline__ float bias_at(const Product& product, int row) {

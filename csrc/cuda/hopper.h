@@ -86,6 +86,12 @@ __device__ __forceinline__ void arrive_in_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void await_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// At the barrier that is where `barrier` is in this block, in the block of that rank.
+__device__ __forceinline__ void arrive_at(Barrier* barrier, int rank) {
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+}
 // To the place that `to` is in this block, in the block of that rank, whose `barrier` is told of 4 bytes.
 __device__ __forceinline__ void send(float* to, int rank, float value, Barrier* barrier) {
     uint32_t there, told;
@@ -128,6 +134,16 @@ __device__ __forceinline__ void copy_box(void* to, const BoxMap& map, int column
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
         "[%4];" ::"r"(shared_address(to)),
         "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(token), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// The same to this place in both blocks of a cluster of two, and their barriers are told.
+__device__ __forceinline__ void copy_box_to_both(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+        "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(token), "r"(shared_address(barrier)),
+        "h"(static_cast<uint16_t>(3))
         : "memory");
 }
 

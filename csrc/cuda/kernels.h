@@ -43,14 +43,16 @@ struct Product {
     Schedule schedule;
 };
 
-// What runs a product: how its work is shared on a device, the bytes of a tile's sums, and the start of it.
+// What runs a product: how its work is shared on a device, the bytes of a tile's sums, and the start of it. In a
+// schedule of `pairs`, a block stands for two of them, and a tile for one of each.
 struct Path {
     Schedule (*schedule)(const Layout& layout, int64_t tokens, const Device& device);
     int64_t (*tile_bytes)(int64_t tokens);
     int64_t (*start)(const Product& product, int64_t kind, void* stream);
+    bool pairs = false;
 };
 
-extern const Path gemv, cluster, gemm, wgmma;
+extern const Path gemv, cluster, gemm, wgmma, pairs;
 
 int64_t start_pack(const LlmquantCudaWeight& weight, const uint8_t* codes, const float* scales, const uint8_t* zeros,
                    void* stream);

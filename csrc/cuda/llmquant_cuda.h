@@ -30,6 +30,7 @@ enum {
     LLMQUANT_CUDA_CLUSTER,    /* at most 16, on sm_90 and later: as gemv, but blocks add up their sums in clusters */
     LLMQUANT_CUDA_GEMM,       /* any number of tokens */
     LLMQUANT_CUDA_WGMMA,      /* any number of tokens, on sm_90 alone */
+    LLMQUANT_CUDA_PAIRS,      /* the same for more than 64, and two blocks share what they read of the activations */
     LLMQUANT_CUDA_DEQUANTIZE, /* not done here: the caller dequantizes slabs of rows and multiplies them by cuBLAS */
 };
 
@@ -90,7 +91,7 @@ typedef struct LlmquantCudaLinear {
 } LlmquantCudaLinear;
 
 /* Which path the table chooses for so many tokens on the current device, or the one that task->path names, if it can
- * compute this: one of LLMQUANT_CUDA_GEMV, _CLUSTER, _GEMM, _WGMMA and _DEQUANTIZE; or an error. */
+ * compute this: one of LLMQUANT_CUDA_GEMV, _CLUSTER, _GEMM, _WGMMA, _PAIRS and _DEQUANTIZE; or an error. */
 LLMQUANT_CUDA_EXPORT int64_t llmquant_cuda_path(const LlmquantCudaLinear* task);
 
 /* What llmquant_cuda_linear needs: sizes[0] bytes of partials, sizes[1] tickets. `sizes` is in host memory. */

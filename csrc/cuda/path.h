@@ -5,7 +5,7 @@
 
 namespace llmquant::cuda {
 
-constexpr int64_t MOST_GEMV_TOKENS = 8, MOST_CLUSTER_TOKENS = 16;
+constexpr int64_t MOST_GEMV_TOKENS = 8, MOST_CLUSTER_TOKENS = 16, MOST_SINGLE_TOKENS = 64;
 constexpr int64_t ANY = INT64_MAX;
 
 // Devices from one capability to another, up to so many tokens, and weights of up to so many numbers.

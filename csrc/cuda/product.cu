@@ -20,6 +20,8 @@ const Path& path_of(int64_t path) {
             return cluster;
         case LLMQUANT_CUDA_WGMMA:
             return wgmma;
+        case LLMQUANT_CUDA_PAIRS:
+            return pairs;
         default:
             return gemm;
     }
@@ -46,7 +48,9 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     if (clusters && task.tokens > MOST_CLUSTER_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
     if (const int64_t error = find_device(&plan->device)) return error;
     if (clusters && plan->device.capability < 90) return LLMQUANT_CUDA_BAD_PATH;
-    if (task.path == LLMQUANT_CUDA_WGMMA && plan->device.capability != 90) return LLMQUANT_CUDA_BAD_PATH;
+    if (task.path == LLMQUANT_CUDA_PAIRS && task.tokens <= MOST_SINGLE_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
+    const bool hopper = task.path == LLMQUANT_CUDA_WGMMA || task.path == LLMQUANT_CUDA_PAIRS;
+    if (hopper && plan->device.capability != 90) return LLMQUANT_CUDA_BAD_PATH;
     plan->path = task.path == LLMQUANT_CUDA_AUTO
                      ? path_for(task.tokens, task.weight.rows * task.weight.columns, plan->device.capability)
                      : task.path;
@@ -66,8 +70,9 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     product.overlap = task.overlap && plan->device.capability >= 90;
     product.schedule = path.schedule(product.weight.layout, task.tokens, plan->device);
     if (!product.schedule.blocks) return LLMQUANT_CUDA_BAD_SIZE;
-    plan->partials_bytes = product.schedule.blocks * SLOTS * path.tile_bytes(task.tokens);
-    plan->tickets = plan->partials_bytes ? product.schedule.tiles : 0;
+    const int64_t each = path.pairs ? 2 : 1;
+    plan->partials_bytes = product.schedule.blocks * each * SLOTS * path.tile_bytes(task.tokens);
+    plan->tickets = plan->partials_bytes ? product.schedule.tiles * each : 0;
     return 0;
 }
 

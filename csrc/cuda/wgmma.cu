@@ -10,10 +10,14 @@
 //
 // While the tensor cores multiply one step, a warp makes numbers of the codes of the next, in one of the two ways of
 // warpgroups.h.
+//
+// Two blocks may be a pair, a cluster of tiles that are below one another: each then asks for half of the activations,
+// for both. So these are read half as often from L2, which for many tokens is most of what is read from there.
 
 #include <type_traits>
 
 #include "finish.h"
+#include "path.h"
 #include "warpgroups.h"
 
 namespace llmquant::cuda {
@@ -31,9 +35,21 @@ struct Task {
 
 // ---- the warps that ask
 
+// A block, or a pair of them, as the schedule counts, and which of the pair this one is.
+template <bool PAIR>
+__device__ __forceinline__ int worker() {
+    return PAIR ? cluster_index() : block_index();
+}
+template <bool PAIR>
+__device__ __forceinline__ int side() {
+    return PAIR ? rank_in_cluster() : 0;
+}
+template <bool PAIR>
+constexpr int SIDES = PAIR ? 2 : 1;
+
 // Each asks for one tile of the weight, and two of them for half of the activations each: one warp would need longer to
 // ask for a chunk than it takes to come.
-template <int TOKENS, bool ZEROS>
+template <int TOKENS, bool ZEROS, bool PAIR>
 struct Source {
     const Task& task;
     Shared<TOKENS>& shared;
@@ -59,27 +75,36 @@ struct Source {
     }
 
     __device__ __forceinline__ void ask_for_x(int stage, int token_tile, int chunk) const {
-        if (warp < BOXES)
+        if constexpr (PAIR) {
+            const int first = rank_in_cluster() * (TOKENS / 2);
+            if (warp < BOXES)
+                copy_box_to_both(shared.stages[stage].x[warp] + first * BOX / GRANULE, task.x,
+                                 chunk * COLUMNS + warp * BOX, token_tile * TOKENS + first, &shared.full[stage]);
+        } else if (warp < BOXES) {
             copy_box(shared.stages[stage].x[warp], task.x, chunk * COLUMNS + warp * BOX, token_tile * TOKENS,
                      &shared.full[stage]);
+        }
     }
 
     // Every chunk of this block, in order.
     __device__ void run() const {
         const Schedule& schedule = task.product.schedule;
-        const int units = units_of(schedule, block_index()), ahead = min(STAGES<TOKENS>, units);
+        const int units = units_of(schedule, worker<PAIR>()), ahead = min(STAGES<TOKENS>, units);
 #pragma unroll 1
         for (int unit = 0; unit < ahead; ++unit) {
-            const Segment segment = segment_at(schedule, block_index(), unit);
-            if (lane == 0) ask_for_weight(unit, segment.tile / task.token_tiles, segment.begin);
+            const Segment segment = segment_at(schedule, worker<PAIR>(), unit);
+            if (lane == 0)
+                ask_for_weight(unit, segment.tile / task.token_tiles * SIDES<PAIR> + side<PAIR>(), segment.begin);
         }
         prefetch_map(task.x);
+        if (PAIR) await_cluster();
         if (task.product.overlap) await_previous();  // x may come from it; the weight does not
         Place<TOKENS> place;
 #pragma unroll 1
         for (int done = 0; done < units;) {
-            const Segment segment = segment_at(schedule, block_index(), done);
-            const int row_tile = segment.tile / task.token_tiles, token_tile = segment.tile % task.token_tiles;
+            const Segment segment = segment_at(schedule, worker<PAIR>(), done);
+            const int row_tile = segment.tile / task.token_tiles * SIDES<PAIR> + side<PAIR>();
+            const int token_tile = segment.tile % task.token_tiles;
 #pragma unroll 1
             for (int chunk = segment.begin; chunk < segment.end; ++chunk, ++done) {
                 if (done >= ahead) {
@@ -95,11 +120,12 @@ struct Source {
 
 // ---- the warps that multiply
 
-template <class T, int TOKENS, class Multiplier>
+template <class T, int TOKENS, bool PAIR, class Multiplier>
 __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int shift, int chunks,
                                          Place<TOKENS>& place, Sums<TOKENS>& sums) {
     const auto release = [&](int stage) {
         if (part.lane == 0) arrive(&shared.empty[stage]);
+        if (PAIR && part.lane == 0) arrive_at(&shared.empty[stage], side<PAIR>() ^ 1);
     };
     Multiplier multiplier;
     int before = 0;  // the stage
@@ -137,22 +163,23 @@ __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKE
 }
 
 // Leaves this block's sums in the workspace; the last block of the tile finds in `sums` those of all, and true.
-template <int TOKENS>
+template <int TOKENS, bool PAIR>
 __device__ __forceinline__ bool add_blocks(const Product& product, const Segment& segment, Shared<TOKENS>& shared,
                                            Sums<TOKENS>& sums) {
     constexpr int FOURS = OWN<TOKENS> * TOKENS / 8;
     const Schedule& schedule = product.schedule;
     const auto slot = [&](int block, bool begins_tile) {
-        return product.partials + (int64_t{slot_of(block, begins_tile)} * FOURS * CONSUMERS + thread_index());
+        const int place = slot_of(block, begins_tile) * SIDES<PAIR> + side<PAIR>();
+        return product.partials + (int64_t{place} * FOURS * CONSUMERS + thread_index());
     };
-    Floats* own = slot(block_index(), segment.begin == 0);
+    Floats* own = slot(worker<PAIR>(), segment.begin == 0);
 #pragma unroll
     for (int i = 0; i < FOURS; ++i) {
         const float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
         own[i * CONSUMERS] = {{four[0], four[1], four[2], four[3]}};
     }
     const auto sync = [] { sync_threads<CONSUMERS>(); };
-    if (!is_last(product, segment.tile, &shared.word, sync)) return false;
+    if (!is_last(product, segment.tile, segment.tile * SIDES<PAIR> + side<PAIR>(), &shared.word, sync)) return false;
     const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
 #pragma unroll
     for (int i = 0; i < OWN<TOKENS> * TOKENS / 2; ++i) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0;
@@ -200,17 +227,18 @@ __device__ __forceinline__ void write(const Product& product, int row_tile, int 
         }
 }
 
-template <class T, int TOKENS, class Multiplier>
+template <class T, int TOKENS, bool PAIR, class Multiplier>
 __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared) {
     const Product& product = task.product;
     Place<TOKENS> place;
-    for (int done = 0; done < units_of(product.schedule, block_index());) {
-        const Segment segment = segment_at(product.schedule, block_index(), done);
+    for (int done = 0; done < units_of(product.schedule, worker<PAIR>());) {
+        const Segment segment = segment_at(product.schedule, worker<PAIR>(), done);
         Sums<TOKENS> sums = {};
-        multiply<T, TOKENS, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
-                                        segment.end - segment.begin, place, sums);
-        if (is_whole(product.schedule, segment) || add_blocks<TOKENS>(product, segment, shared, sums))
-            write<T, TOKENS>(product, segment.tile / task.token_tiles, segment.tile % task.token_tiles, sums);
+        multiply<T, TOKENS, PAIR, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
+                                              segment.end - segment.begin, place, sums);
+        if (is_whole(product.schedule, segment) || add_blocks<TOKENS, PAIR>(product, segment, shared, sums))
+            write<T, TOKENS>(product, segment.tile / task.token_tiles * SIDES<PAIR> + side<PAIR>(),
+                             segment.tile % task.token_tiles, sums);
         done += segment.end - segment.begin;
     }
 }
@@ -222,7 +250,7 @@ template <int TOKENS>
 constexpr int FEW = BLOCKS<TOKENS> == 1 ? 40 : 24;
 
 // GROUP_STEPS: those of a chunk that share scales, if these are for sums; else 0.
-template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, bool PAIR>
 __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
 #ifdef LLMQUANT_WGMMA
     using Multiplier = std::conditional_t<GROUP_STEPS != 0, Raw<T, ZEROS, TOKENS, GROUP_STEPS ? GROUP_STEPS : 1>,
@@ -232,17 +260,24 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES<TOKENS>; ++i) {
             begin_barrier(&shared.full[i], 4);
-            begin_barrier(&shared.empty[i], CONSUMERS / LANES);
+            begin_barrier(&shared.empty[i], CONSUMERS / LANES * SIDES<PAIR>);
         }
         fence_barriers();
     }
     sync_block();
+    if (PAIR) arrive_in_cluster();  // my barriers are there
     if (thread_index() < CONSUMERS) {
         take_registers<MANY<TOKENS>>();
-        consume<T, TOKENS, Multiplier>(task, shared);
+        if (PAIR) await_cluster();
+        consume<T, TOKENS, PAIR, Multiplier>(task, shared);
     } else {
         leave_registers<FEW<TOKENS>>();
-        Source<TOKENS, ZEROS>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
+        Source<TOKENS, ZEROS, PAIR>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
+    }
+    if (PAIR) {  // the other one may still copy to here, and arrive here
+        sync_warp();
+        arrive_in_cluster();
+        await_cluster();
     }
 #else
     trap();  // compiled for another device than the only one that this runs on
@@ -252,10 +287,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
 template <class T, bool ZEROS, int TOKENS>
 auto kernel_of(int shift) -> void (*)(Task) {
     if constexpr (TOKENS == 8)  // for 16 and such short groups there are too few registers
-        if (shift == 2) return multiply_groups<T, ZEROS, TOKENS, 4>;
+        if (shift == 2) return multiply_groups<T, ZEROS, TOKENS, 4, false>;
     if constexpr (TOKENS <= 16)
-        if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS>;
-    return multiply_groups<T, ZEROS, TOKENS, 0>;
+        if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS, false>;
+    return multiply_groups<T, ZEROS, TOKENS, 0, false>;
 }
 
 template <int COUNT_>
@@ -278,11 +313,13 @@ int64_t tiles_of_tokens(int64_t tokens) {
     return choose_tokens(tokens, [&](auto tile) { return rounded_up(tokens, tile.COUNT) / tile.COUNT; });
 }
 
+template <bool PAIR>
 Schedule schedule(const Layout& layout, int64_t tokens, const Device& device) {
     return choose_tokens(tokens, [&](auto tile) {
-        constexpr int TOKENS = decltype(tile)::COUNT;
-        const int64_t tiles = rounded_up(layout.tiles, TILES<TOKENS>) / TILES<TOKENS> * tiles_of_tokens(tokens);
-        return schedule_of(tiles, layout.steps / STEPS, BLOCKS<TOKENS> * device.processors, RESTART);
+        constexpr int TOKENS = decltype(tile)::COUNT, ROW_TILES = TILES<TOKENS> * SIDES<PAIR>;
+        const int64_t tiles = rounded_up(layout.tiles, ROW_TILES) / ROW_TILES * tiles_of_tokens(tokens);
+        const int64_t workers = BLOCKS<TOKENS> * device.processors / SIDES<PAIR>;
+        return schedule_of(tiles, layout.steps / STEPS, max(int64_t{1}, workers), RESTART);
     });
 }
 
@@ -293,26 +330,47 @@ int64_t tile_bytes(int64_t tokens) {
     });
 }
 
+template <bool PAIR, class Kernel>
+int64_t start_tiles(const Product& product, bool fp16, int tokens, int shared_bytes, Kernel kernel, void* stream) {
+    Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens))};
+    const Boxes boxes = {
+        product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, tokens / SIDES<PAIR>, fp16};
+    if (const int64_t error = map_boxes(boxes, &task.x)) return error;
+    const int64_t blocks = product.schedule.blocks * int64_t{SIDES<PAIR>};
+    return launch(kernel, {blocks, THREADS, shared_bytes, product.overlap, stream, SIDES<PAIR>}, task);
+}
+
 int64_t start(const Product& product, int64_t kind, void* stream) {
     return choose_tokens(product.tokens, [&](auto tile) -> int64_t {
         constexpr int TOKENS = decltype(tile)::COUNT;
         const bool fp16 = kind == LLMQUANT_CUDA_FP16;
-        Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens))};
-        const Boxes boxes = {product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, TOKENS,
-                             fp16};
-        if (const int64_t error = map_boxes(boxes, &task.x)) return error;
         const int shift = product.weight.layout.shift;
         void (*const kernel)(Task) =
             product.weight.zeros ? fp16 ? kernel_of<Fp16, true, TOKENS>(shift) : kernel_of<Bf16, true, TOKENS>(shift)
             : fp16               ? kernel_of<Fp16, false, TOKENS>(shift)
                                  : kernel_of<Bf16, false, TOKENS>(shift);
-        const int bytes = static_cast<int>(sizeof(Shared<TOKENS>));
-        return launch(kernel, {product.schedule.blocks, THREADS, bytes, product.overlap, stream}, task);
+        return start_tiles<false>(product, fp16, TOKENS, sizeof(Shared<TOKENS>), kernel, stream);
+    });
+}
+
+int64_t start_pairs(const Product& product, int64_t kind, void* stream) {
+    return choose_tokens(product.tokens, [&](auto tile) -> int64_t {
+        constexpr int TOKENS = decltype(tile)::COUNT;
+        if constexpr (TOKENS > MOST_SINGLE_TOKENS) {
+            const bool fp16 = kind == LLMQUANT_CUDA_FP16;
+            void (*const kernel)(Task) = product.weight.zeros ? fp16 ? multiply_groups<Fp16, true, TOKENS, 0, true>
+                                                                     : multiply_groups<Bf16, true, TOKENS, 0, true>
+                                         : fp16               ? multiply_groups<Fp16, false, TOKENS, 0, true>
+                                                              : multiply_groups<Bf16, false, TOKENS, 0, true>;
+            return start_tiles<true>(product, fp16, TOKENS, sizeof(Shared<TOKENS>), kernel, stream);
+        }
+        return LLMQUANT_CUDA_BAD_PATH;
     });
 }
 
 }  // namespace
 
-const Path wgmma = {schedule, tile_bytes, start};
+const Path wgmma = {schedule<false>, tile_bytes, start};
+const Path pairs = {schedule<true>, tile_bytes, start_pairs, true};
 
 }  // namespace llmquant::cuda

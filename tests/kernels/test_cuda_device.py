@@ -63,19 +63,31 @@ def test_products(scheme: Scheme, dtype: torch.dtype, kernels: ModuleType) -> No
 
 
 @pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(
+    ("path", "counts", "devices"),
+    [
+        (cuda.CLUSTER, (1, 8, 16), range(90, 999)),
+        (cuda.PAIRS, (300, 700) if DEVICE == "cuda" else (70,), range(90, 91)),
+    ],
+    ids=["cluster", "pairs"],
+)
 @pytest.mark.parametrize(("m", "n"), [(200, 4096), (1000, 1000)] if DEVICE == "cuda" else [(100, 600)])
-def test_products_in_clusters(m: int, n: int, dtype: torch.dtype, kernels: ModuleType) -> None:
-    """The path is not in the table yet, so it is named."""
+def test_products_in_clusters(
+    m: int, n: int, path: int, counts: tuple[int, ...], devices: range, dtype: torch.dtype, kernels: ModuleType
+) -> None:
+    """These paths are not in the table yet, so they are named."""
     if kernels is not cuda:
         pytest.skip("Triton has no clusters")
-    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs a CUDA GPU from sm_90 on")
+    if DEVICE == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if 10 * major + minor not in devices:
+            pytest.skip(f"needs a CUDA GPU of sm_{devices[0]}{' and newer' if len(devices) > 1 else ''}")
     scheme = Scheme(4, 64)
     w, bias = weight(scheme, m, n), torch.linspace(-1, 1, m).to(dtype)
     held = packed(kernels, w)
-    for tokens in (1, 8, 16):
+    for tokens in counts:
         x = rows(tokens, n, dtype)
-        multiply = lambda: cuda.linear(x.to(DEVICE), held, bias.to(DEVICE), m, scheme, cuda.CLUSTER)  # noqa: B023, E731
+        multiply = lambda: cuda.linear(x.to(DEVICE), held, bias.to(DEVICE), m, scheme, path)  # noqa: B023, E731
         y = multiply()
         assert relative_error(y.cpu(), x.double() @ w.real.T + bias.double()) < BOUND[dtype]
         assert all(torch.equal(multiply(), y) for _ in range(100 if DEVICE == "cuda" else 1))

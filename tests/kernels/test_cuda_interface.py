@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from emulated_cuda import CLUSTER, DEQUANTIZE, GEMM, GEMV, WGMMA, Emulator, Linear, Packed, Weight, random_weight
+from emulated_cuda import CLUSTER, DEQUANTIZE, GEMM, GEMV, PAIRS, WGMMA, Emulator, Linear, Packed, Weight, random_weight
 
 from llmquant.scheme import Scheme
 
@@ -46,6 +46,7 @@ def linear(packed: Packed, **changes: int) -> Linear:
         ({"path": 9}, PATH),
         ({"path": GEMV, "tokens": 9}, PATH),
         ({"path": CLUSTER, "tokens": 17}, PATH),
+        ({"path": PAIRS, "tokens": 64}, PATH),
         ({"path": GEMM, "tokens": 2**28, "rows": 2**28}, SIZE),
     ],
     ids=str,
@@ -111,6 +112,14 @@ def test_clusters_are_of_newer_devices_and_need_no_workspace(emulator: Emulator,
 
 
 def test_wgmma_is_for_its_devices(emulator: Emulator, packed: Packed) -> None:
-    for capability, expected in {80: PATH, 90: WGMMA, 100: PATH}.items():
-        emulator.emulate(capability=capability)
-        assert emulator.call("path", ctypes.byref(linear(packed, tokens=20, path=WGMMA))) == expected
+    for path in (WGMMA, PAIRS):
+        for capability, expected in {80: PATH, 90: path, 100: PATH}.items():
+            emulator.emulate(capability=capability)
+            assert emulator.call("path", ctypes.byref(linear(packed, tokens=80, path=path))) == expected
+
+
+def test_pairs_have_the_workspace_of_two(emulator: Emulator, packed: Packed) -> None:
+    emulator.emulate(processors=7)
+    single, double = (emulator.sizes("workspace", linear(packed, tokens=200, path=path), 2) for path in (WGMMA, PAIRS))
+    assert double[0] % 2 == double[1] % 2 == 0
+    assert double[1] >= single[1] > 0

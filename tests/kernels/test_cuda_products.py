@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 import torch
-from emulated_cuda import CLUSTER, GEMM, GEMV, WGMMA, Emulator, random_weight
+from emulated_cuda import CLUSTER, GEMM, GEMV, PAIRS, WGMMA, Emulator, random_weight
 from torch import Tensor
 
 from llmquant.scheme import Quantized, Scheme, dequantize
 
 SCHEMES = [Scheme(4, g, sym) for g in (32, 64, 128, -1) for sym in (True, False)]
 DTYPES = [torch.bfloat16, torch.float16]
-PATHS = {"gemv": GEMV, "cluster": CLUSTER, "gemm": GEMM, "wgmma": WGMMA}
+FEW = {"gemv": GEMV, "cluster": CLUSTER, "gemm": GEMM, "wgmma": WGMMA}  # paths for few tokens
+PATHS = FEW | {"pairs": PAIRS}
 # One product in bf16 or fp16 of weights in that dtype is off by half a unit in the last place of y, and of each weight
 # in gemm: relative to the size of what is summed.
 ERRORS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -49,7 +50,8 @@ def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
         ("gemm", 33),
         ("gemm", 65),
     ]
-    + [("wgmma", tokens) for tokens in (3, 9, 20, 33, 65, 130)],
+    + [("wgmma", tokens) for tokens in (3, 9, 20, 33, 65, 130)]
+    + [("pairs", tokens) for tokens in (65, 130)],
 )
 def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: torch.dtype, scheme: Scheme) -> None:
     """Scales of one, and activations that are small integers: every sum is exact in fp32, so bits have to agree."""
@@ -65,7 +67,8 @@ def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: t
 @pytest.mark.parametrize(
     ("path", "tokens"),
     [("gemv", 1), ("gemv", 3), ("cluster", 3), ("cluster", 16), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
-    + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)],
+    + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)]
+    + [("pairs", 70)],
 )
 def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) -> None:
     for (m, n), dtype in zip(
@@ -82,7 +85,8 @@ def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) 
 @pytest.mark.parametrize(
     ("path", "tokens"),
     [("gemv", 2), ("gemm", 16), ("gemm", 32), ("gemm", 64), ("gemm", 140)]
-    + [("wgmma", tokens) for tokens in (2, 16, 32, 64, 70, 140)],
+    + [("wgmma", tokens) for tokens in (2, 16, 32, 64, 70, 140)]
+    + [("pairs", tokens) for tokens in (70, 140)],
 )
 @pytest.mark.parametrize("group", [32, 128])
 def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int, group: int, late: bool) -> None:
@@ -126,7 +130,7 @@ def test_a_cluster_adds_up_a_tile(
     assert all(torch.equal(results[0], y) for y in results)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FEW)
 def test_every_weight_is_read_back(emulator: Emulator, path: str) -> None:
     """A column of the identity at a time: 8 of them are a product of 8 tokens."""
     scheme = Scheme(4, 64, symmetric=False)
@@ -142,7 +146,7 @@ def test_matrices_are_read_without_conflicts(emulator: Emulator) -> None:
     scheme = Scheme(4, 128)
     q = random_weight(scheme, 128, 256)
     packed = emulator.pack(q, scheme, torch.float16)
-    for path in PATHS.values():
+    for path in FEW.values():
         emulator.linear(random_x(8, 256, torch.float16), packed, path=path)
     assert emulator.functions.llmquant_emulated_conflicts() == 1
 
@@ -151,7 +155,7 @@ def test_infinities_and_nans_stay_in_their_token(emulator: Emulator) -> None:
     scheme = Scheme(4, 128)
     q, x = random_weight(scheme, 128, 128), random_x(4, 128, torch.float16)
     x[1, 5], x[2, 7] = torch.inf, torch.nan
-    for path in PATHS.values():
+    for path in FEW.values():
         y = emulator.linear(x, emulator.pack(q, scheme, x.dtype), path=path)
         assert torch.isfinite(y[[0, 3]]).all()
         assert not torch.isfinite(y[[1, 2]]).any()
