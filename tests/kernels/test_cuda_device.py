@@ -90,7 +90,8 @@ def test_products_in_clusters(
         multiply = lambda: cuda.linear(x.to(DEVICE), held, bias.to(DEVICE), m, scheme, path)  # noqa: B023, E731
         y = multiply()
         assert relative_error(y.cpu(), x.double() @ w.real.T + bias.double()) < BOUND[dtype]
-        assert all(torch.equal(multiply(), y) for _ in range(100 if DEVICE == "cuda" else 1))
+        # The other shape is what compute-sanitizer sees, which is slow.
+        assert all(torch.equal(multiply(), y) for _ in range(100 if n == 1000 else 1))
 
 
 @NEEDS_GPU
