@@ -198,23 +198,30 @@ void run_cluster(const Launch& launch, int first, const Body& body, std::mt19937
         }
     }
     if (m.seed) std::shuffle(order.begin(), order.end(), random);
-    // One block begins when the others have come as far as they can without it.
-    int held = m.seed && launch.cluster > 1 ? static_cast<int>(random() % static_cast<unsigned>(launch.cluster)) : -1;
+    // One block has a turn only when the others have come as far as they can without it.
+    int slow = m.seed && launch.cluster > 1 ? static_cast<int>(random() % static_cast<unsigned>(launch.cluster)) : -1;
     for (bool going = true; going && m.failure.empty();) {
         going = false;
+        const bool held = m.steps < 3;
+        bool left = false;
         for (const auto& [member, index] : order) {
             m.member = member;
             m.running = index;
             Thread& thread = own_thread();
-            if (thread.ended || member == held || !m.failure.empty()) continue;
+            if (thread.ended || !m.failure.empty()) continue;
+            if (member == slow && held) {
+                left = true;
+                continue;
+            }
             going = own_block().begun = true;
             swapcontext(&m.scheduler, &thread.context);
             if (thread.ended) m.steps = 0;
         }
-        if (++m.steps > 4) m.failure = "threads wait for others that never come";
-        if (held >= 0 && (m.steps > 2 || !going)) {
-            held = -1;
+        if (!going && left) {  // it is alone
+            slow = -1;
             going = true;
+        } else if (++m.steps > 4) {
+            m.failure = "threads wait for others that never come";
         }
     }
 }
