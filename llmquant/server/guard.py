@@ -3,10 +3,11 @@
 import asyncio
 import hashlib
 import hmac
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from llmquant.server.protocol import Refusal
@@ -23,7 +24,7 @@ class Guard:
 
     def __init__(self, app: Asgi, keys: Sequence[str]) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(os.fsencode(key)) for key in keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] != OPEN and not self._admits(dict(scope["headers"])):
@@ -33,15 +34,15 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _admits(self, headers: dict[bytes, bytes]) -> bool:
-        kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = _digest(key.strip())
         # All are compared, each in the same time, so that time says nothing of any.
         same = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return not same or (kind.lower() == "bearer" and any(same))
+        return not same or (kind.lower() == b"bearer" and any(same))
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def answer(refusal: Refusal) -> JSONResponse:
@@ -49,11 +50,13 @@ def answer(refusal: Refusal) -> JSONResponse:
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises Refusal: it is too large, or too slow."""
+    """Raises Refusal: it is too large, too slow, or not all there."""
     try:
         return await asyncio.wait_for(_read(request), PATIENCE)
     except asyncio.TimeoutError as error:
         raise Refusal(408, f"the body did not come within {PATIENCE} seconds") from error
+    except ClientDisconnect as error:
+        raise Refusal(400, "the body ended before it was whole") from error
 
 
 async def _read(request: Request) -> bytes:

@@ -108,6 +108,14 @@ def test_a_stream_without_news_says_that_it_is_alive(
     assert events.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("key", ["plain", "schlüssel", "鍵"])
+def test_a_key_of_any_characters(service: Service, key: str) -> None:
+    with TestClient(guard.Guard(make_app(service), ["another", key])) as client:
+        for given, status in ((key, 200), (f"{key}x", 401), ("", 401)):
+            asked = client.get("/v1/models", headers={"Authorization": b"Bearer " + given.encode()})
+            assert asked.status_code == status
+
+
 def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         async def stream(self) -> Any:
