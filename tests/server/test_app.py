@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def test_a_stream_without_news_says_that_it_is_alive(
     client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes, "SILENCE", 0.001)
-    events = client.post("/v1/completions", json=ASKED | {"max_tokens": 30, "stream": True}).text
+    slow = service.engine._model.get_output_embeddings().register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    events = client.post("/v1/completions", json=ASKED | {"stream": True}).text
+    slow.remove()
     assert events.count(": still here\n\n") > 1
     assert events.endswith("data: [DONE]\n\n")
 
