@@ -34,6 +34,7 @@ INSTRUCTIONS = {
     "local": r"(?:LDL|STL)\b",  # memory for what registers have no room for
 }
 WAIT = "ACQBULK"  # griddepcontrol.wait; ptxas may move loads across it
+PRODUCT, FENCE = r"\bHG?MMA\.", r"MEMBAR\.\w+\.GPU"
 # Which of them a kernel cannot do without.
 NEEDED = {"stream": ("HMMA", "LDSM", "LDGSTS", "LDG.128"), "multiply_tiles": ("HMMA", "LDSM", "LDGSTS", "LDG.128")}
 # On sm_90a; for others they are empty.
@@ -54,6 +55,7 @@ class Kernel(NamedTuple):
     instructions: dict[str, int]
     ahead: bool  # weights are asked for before the kernel waits for the one before it, if it does
     warned: bool  # wgmma instructions wait for each other
+    fenced: bool  # memory of the whole device is waited for between products of tensor cores
 
     def problems(self, name: str) -> list[str]:
         found = [f"{self.stack} bytes of stack"] if self.stack else []
@@ -61,6 +63,7 @@ class Kernel(NamedTuple):
         found += [f"{self.instructions['local']} accesses to local memory"] if self.instructions["local"] else []
         found += [] if self.ahead else ["no load before it waits"]
         found += ["wgmma is serialized"] if self.warned else []
+        found += ["a fence of the device in its loop"] if self.fenced else []
         needed = (NEEDED | (HOPPER if self.architecture == "90a" else {})).get(re.split(r"[<(]", name)[0], ())
         return found + [f"no {kind}" for kind in needed if not self.instructions[kind]]
 
@@ -115,7 +118,13 @@ def compile_kernels(nvcc: str, disassembler: str, source: Path, architecture: st
         before = listing.split(WAIT)[0]
         ahead = bool(re.search(r"LDG\S*\.128|LDGSTS|UBLKCP", before)) or WAIT not in listing
         warned = bool(re.search(rf"\(C75\d\d\).*'{name}'", said))
-        yield Kernel(architecture, name, registers, stack, stores + loads, counts, ahead, warned)
+        facts = architecture, name, registers, stack, stores + loads, counts, ahead, warned
+        yield Kernel(*facts, has_fence_between_products(listing))
+
+
+def has_fence_between_products(listing: str) -> bool:
+    """Whether a kernel waits for memory of the whole device where it multiplies, which is in its innermost loop."""
+    return any(re.search(FENCE, part) for part in re.split(PRODUCT, listing)[1:-1])
 
 
 def run(*command: str) -> "subprocess.CompletedProcess[str]":
@@ -151,7 +160,8 @@ def readable(names: list[str]) -> list[str]:
     if shutil.which("c++filt") is None:
         return names
     lines = subprocess.run(["c++filt", *names], check=True, capture_output=True, text=True).stdout.splitlines()
-    return [re.sub(r"void |llmquant::cuda::|\(anonymous namespace\)::", "", line).split("(")[0] for line in lines]
+    lines = [re.sub(r"void |llmquant::cuda::|\(anonymous namespace\)::", "", line) for line in lines]
+    return [re.sub(r"\(\w+\)(?=\d)", "", line).split("(")[0] for line in lines]  # what follows is an enumerator
 
 
 if __name__ == "__main__":

@@ -103,11 +103,13 @@ inline void arrive_at(Barrier* barrier, int rank) {
     emulated::Block& block = emulated::block_of(rank);
     emulated::expect_more(emulated::phase_of(block, emulated::place_in(block, barrier)), 0);
 }
-inline void send(float* to, int rank, float value, Barrier* barrier) {
-    emulated::expect_shared(to, 4, 4);
+template <class Value>
+void send(Value* to, int rank, const std::common_type_t<Value>& value, Barrier* barrier) {
+    constexpr int BYTES = sizeof(Value);
+    emulated::expect_shared(to, BYTES, BYTES);
     emulated::Block& block = emulated::block_of(rank);
-    emulated::start_copy(emulated::phase_of(block, emulated::place_in(block, barrier)), 4,
-                         [to = emulated::place_in(block, to), value] { std::memcpy(to, &value, 4); });
+    emulated::start_copy(emulated::phase_of(block, emulated::place_in(block, barrier)), BYTES,
+                         [to = emulated::place_in(block, to), value] { std::memcpy(to, &value, BYTES); });
 }
 
 inline void await_sent(Barrier* barrier) { await_phase(barrier, 0); }

@@ -86,13 +86,14 @@ __device__ __forceinline__ void arrive_in_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void await_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// At the barrier that is where `barrier` is in this block, in the block of that rank.
+// At the barrier that is where `barrier` is in this block, in the block of that rank. That is no word on what this
+// block has written: a release to the cluster would be a fence of the device.
 __device__ __forceinline__ void arrive_at(Barrier* barrier, int rank) {
     uint32_t there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
-// To the place that `to` is in this block, in the block of that rank, whose `barrier` is told of 4 bytes.
+// To the place that `to` is in this block, in the block of that rank, whose `barrier` is told of the bytes.
 __device__ __forceinline__ void send(float* to, int rank, float value, Barrier* barrier) {
     uint32_t there, told;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
@@ -100,6 +101,15 @@ __device__ __forceinline__ void send(float* to, int rank, float value, Barrier* 
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(there),
                  "r"(__float_as_uint(value)), "r"(told)
                  : "memory");
+}
+__device__ __forceinline__ void send(Floats* to, int rank, const Floats& four, Barrier* barrier) {
+    uint32_t there, told;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(told) : "r"(shared_address(barrier)), "r"(rank));
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+        "f"(four.value[0]), "f"(four.value[1]), "f"(four.value[2]), "f"(four.value[3]), "r"(told)
+        : "memory");
 }
 
 // Until all that was sent to this block is there: the first phase of that barrier, as the whole cluster sees it.

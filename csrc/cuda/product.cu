@@ -22,6 +22,8 @@ const Path& path_of(int64_t path) {
             return wgmma;
         case LLMQUANT_CUDA_PAIRS:
             return pairs;
+        case LLMQUANT_CUDA_SPLIT:
+            return split;
         default:
             return gemm;
     }
@@ -49,7 +51,7 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     if (const int64_t error = find_device(&plan->device)) return error;
     if (clusters && plan->device.capability < 90) return LLMQUANT_CUDA_BAD_PATH;
     if (task.path == LLMQUANT_CUDA_PAIRS && task.tokens <= MOST_SINGLE_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
-    const bool hopper = task.path == LLMQUANT_CUDA_WGMMA || task.path == LLMQUANT_CUDA_PAIRS;
+    const bool hopper = task.path >= LLMQUANT_CUDA_WGMMA && task.path <= LLMQUANT_CUDA_SPLIT;
     if (hopper && plan->device.capability != 90) return LLMQUANT_CUDA_BAD_PATH;
     plan->path = task.path == LLMQUANT_CUDA_AUTO
                      ? path_for(task.tokens, task.weight.rows * task.weight.columns, plan->device.capability)

@@ -45,7 +45,7 @@ constexpr int STAGES = stages_of(ROOM / BLOCKS<TOKENS>, sizeof(Stage<TOKENS>));
 template <int TOKENS>
 struct Shared {
     Stage<TOKENS> stages[STAGES<TOKENS>];
-    Barrier full[STAGES<TOKENS>], empty[STAGES<TOKENS>];
+    Barrier full[STAGES<TOKENS>], empty[STAGES<TOKENS>], sent;
     int word;
 };
 

@@ -11,8 +11,10 @@
 // While the tensor cores multiply one step, a warp makes numbers of the codes of the next, in one of the two ways of
 // warpgroups.h.
 //
-// Two blocks may be a pair, a cluster of tiles that are below one another: each then asks for half of the activations,
-// for both. So these are read half as often from L2, which for many tokens is most of what is read from there.
+// Blocks may be a team, which is a cluster. Of a pair the tiles are below one another: each asks for half of the
+// activations, for both, so these are read half as often from L2, which for many tokens is most of what is read from
+// there. In a split each has some of the columns of one tile; in the end they send each other their sums, and each
+// writes a part of the tile.
 
 #include <type_traits>
 
@@ -26,6 +28,7 @@ namespace {
 using namespace warpgroups;
 
 constexpr int RESTART = 4;  // what a second tile costs a block, in chunks
+constexpr int LEAST = 2;    // chunks of a block of a split
 
 struct Task {
     Product product;
@@ -33,23 +36,43 @@ struct Task {
     int token_tiles;
 };
 
-// ---- the warps that ask
+enum class Team { NONE, PAIR, SPLIT };
 
 // A block, or a pair of them, as the schedule counts, and which of the pair this one is.
-template <bool PAIR>
+template <Team TEAM>
 __device__ __forceinline__ int worker() {
-    return PAIR ? cluster_index() : block_index();
+    return TEAM == Team::PAIR ? cluster_index() : block_index();
 }
-template <bool PAIR>
+template <Team TEAM>
 __device__ __forceinline__ int side() {
-    return PAIR ? rank_in_cluster() : 0;
+    return TEAM == Team::PAIR ? rank_in_cluster() : 0;
 }
-template <bool PAIR>
-constexpr int SIDES = PAIR ? 2 : 1;
+template <Team TEAM>
+constexpr int SIDES = TEAM == Team::PAIR ? 2 : 1;
+
+// What this block does, after so many of its units: what the schedule says, or its part of the split's tile.
+template <Team TEAM>
+__device__ __forceinline__ Segment own_segment(const Schedule& schedule, int done) {
+    if constexpr (TEAM == Team::SPLIT) {
+        const Segment part = part_of(schedule, cluster_index(), rank_in_cluster(), blocks_of_cluster());
+        return {part.tile, part.begin + done, part.end};
+    }
+    return segment_at(schedule, worker<TEAM>(), done);
+}
+template <Team TEAM>
+__device__ __forceinline__ int own_units(const Schedule& schedule) {
+    if constexpr (TEAM == Team::SPLIT) {
+        const Segment part = own_segment<TEAM>(schedule, 0);
+        return part.end - part.begin;
+    }
+    return units_of(schedule, worker<TEAM>());
+}
+
+// ---- the warps that ask
 
 // Each asks for one tile of the weight, and two of them for half of the activations each: one warp would need longer to
 // ask for a chunk than it takes to come.
-template <int TOKENS, bool ZEROS, bool PAIR>
+template <int TOKENS, bool ZEROS, Team TEAM>
 struct Source {
     const Task& task;
     Shared<TOKENS>& shared;
@@ -75,7 +98,7 @@ struct Source {
     }
 
     __device__ __forceinline__ void ask_for_x(int stage, int token_tile, int chunk) const {
-        if constexpr (PAIR) {
+        if constexpr (TEAM == Team::PAIR) {
             const int first = rank_in_cluster() * (TOKENS / 2);
             if (warp < BOXES)
                 copy_box_to_both(shared.stages[stage].x[warp] + first * BOX / GRANULE, task.x,
@@ -89,21 +112,21 @@ struct Source {
     // Every chunk of this block, in order.
     __device__ void run() const {
         const Schedule& schedule = task.product.schedule;
-        const int units = units_of(schedule, worker<PAIR>()), ahead = min(STAGES<TOKENS>, units);
+        const int units = own_units<TEAM>(schedule), ahead = min(STAGES<TOKENS>, units);
 #pragma unroll 1
         for (int unit = 0; unit < ahead; ++unit) {
-            const Segment segment = segment_at(schedule, worker<PAIR>(), unit);
+            const Segment segment = own_segment<TEAM>(schedule, unit);
             if (lane == 0)
-                ask_for_weight(unit, segment.tile / task.token_tiles * SIDES<PAIR> + side<PAIR>(), segment.begin);
+                ask_for_weight(unit, segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>(), segment.begin);
         }
         prefetch_map(task.x);
-        if (PAIR) await_cluster();
+        if (TEAM == Team::PAIR) await_cluster();
         if (task.product.overlap) await_previous();  // x may come from it; the weight does not
         Place<TOKENS> place;
 #pragma unroll 1
         for (int done = 0; done < units;) {
-            const Segment segment = segment_at(schedule, worker<PAIR>(), done);
-            const int row_tile = segment.tile / task.token_tiles * SIDES<PAIR> + side<PAIR>();
+            const Segment segment = own_segment<TEAM>(schedule, done);
+            const int row_tile = segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>();
             const int token_tile = segment.tile % task.token_tiles;
 #pragma unroll 1
             for (int chunk = segment.begin; chunk < segment.end; ++chunk, ++done) {
@@ -120,12 +143,12 @@ struct Source {
 
 // ---- the warps that multiply
 
-template <class T, int TOKENS, bool PAIR, class Multiplier>
+template <class T, int TOKENS, Team TEAM, class Multiplier>
 __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int shift, int chunks,
                                          Place<TOKENS>& place, Sums<TOKENS>& sums) {
     const auto release = [&](int stage) {
         if (part.lane == 0) arrive(&shared.empty[stage]);
-        if (PAIR && part.lane == 0) arrive_at(&shared.empty[stage], side<PAIR>() ^ 1);
+        if (TEAM == Team::PAIR && part.lane == 0) arrive_at(&shared.empty[stage], side<TEAM>() ^ 1);
     };
     Multiplier multiplier;
     int before = 0;  // the stage
@@ -162,33 +185,36 @@ __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKE
     }
 }
 
+// Sums of a thread, four together: of two rows and two tokens.
+template <int TOKENS>
+constexpr int FOURS = OWN<TOKENS> * TOKENS / 8;
+
 // Leaves this block's sums in the workspace; the last block of the tile finds in `sums` those of all, and true.
-template <int TOKENS, bool PAIR>
+template <int TOKENS, Team TEAM>
 __device__ __forceinline__ bool add_blocks(const Product& product, const Segment& segment, Shared<TOKENS>& shared,
                                            Sums<TOKENS>& sums) {
-    constexpr int FOURS = OWN<TOKENS> * TOKENS / 8;
     const Schedule& schedule = product.schedule;
     const auto slot = [&](int block, bool begins_tile) {
-        const int place = slot_of(block, begins_tile) * SIDES<PAIR> + side<PAIR>();
-        return product.partials + (int64_t{place} * FOURS * CONSUMERS + thread_index());
+        const int place = slot_of(block, begins_tile) * SIDES<TEAM> + side<TEAM>();
+        return product.partials + (int64_t{place} * FOURS<TOKENS> * CONSUMERS + thread_index());
     };
-    Floats* own = slot(worker<PAIR>(), segment.begin == 0);
+    Floats* own = slot(worker<TEAM>(), segment.begin == 0);
 #pragma unroll
-    for (int i = 0; i < FOURS; ++i) {
+    for (int i = 0; i < FOURS<TOKENS>; ++i) {
         const float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
         own[i * CONSUMERS] = {{four[0], four[1], four[2], four[3]}};
     }
     const auto sync = [] { sync_threads<CONSUMERS>(); };
-    if (!is_last(product, segment.tile, segment.tile * SIDES<PAIR> + side<PAIR>(), &shared.word, sync)) return false;
+    if (!is_last(product, segment.tile, segment.tile * SIDES<TEAM> + side<TEAM>(), &shared.word, sync)) return false;
     const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
 #pragma unroll
     for (int i = 0; i < OWN<TOKENS> * TOKENS / 2; ++i) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0;
-    [[maybe_unused]] constexpr int BLOCKS_AT_ONCE = FOURS <= 4 ? 4 : 1;  // so that many loads are on their way
+    [[maybe_unused]] constexpr int BLOCKS_AT_ONCE = FOURS<TOKENS> <= 4 ? 4 : 1;  // so that many loads are on their way
 #pragma unroll BLOCKS_AT_ONCE
     for (int block = first; block <= last; ++block) {
         const Floats* other = slot(block, block == first);
 #pragma unroll
-        for (int i = 0; i < FOURS; ++i) {
+        for (int i = 0; i < FOURS<TOKENS>; ++i) {
             const Floats more = load_fresh(other + i * CONSUMERS);
             float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
 #pragma unroll
@@ -198,46 +224,102 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
     return true;
 }
 
-// Sums of a lane are of one row and two tokens; transposed, of one token and two rows.
+// Two sums of a lane are of one row and two tokens; transposed, of one token and two rows, from `row` on.
+template <class T>
+__device__ __forceinline__ void write_two(const Product& product, int rows, int row, int token, float bias,
+                                          const float* two) {
+    const uint32_t pair = transpose_matrix(to_pair<T>(two[0] + bias, two[1] + bias));
+    if (token >= product.tokens) return;
+    uint16_t* y = product.y + int64_t{token} * rows + row;
+    if (row + 1 < rows && rows % 2 == 0) {
+        *reinterpret_cast<uint32_t*>(y) = pair;
+    } else {
+        if (row < rows) y[0] = static_cast<uint16_t>(pair);
+        if (row + 1 < rows) y[1] = static_cast<uint16_t>(pair >> 16);
+    }
+}
+
+// `COUNT` eights of tokens, from the first token on: of each this thread has two sums of row b, which is one of two.
+template <class T, int COUNT, int TOKENS, class Two>
+__device__ __forceinline__ void write_eights(const Product& product, const Part<TOKENS>& part, int first_row, int j,
+                                             int first_token, Two two) {
+    const int rows = product.weight.layout.rows;
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+        const int of_sums = first_row + part.row(j, 2 * b);
+        const float bias = of_sums < rows ? bias_at(product, of_sums) : 0;
+        const int row = of_sums - part.lane / 4 + part.lane % 4 * 2;  // after they are transposed
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            write_two<T>(product, rows, row, first_token + 8 * i + part.lane / 4, bias, two(i, b));
+    }
+}
+
 template <class T, int TOKENS>
 __device__ __forceinline__ void write(const Product& product, int row_tile, int token_tile, const Sums<TOKENS>& sums) {
     const Part<TOKENS> part;
-    const int rows = product.weight.layout.rows, first_row = row_tile * TILES<TOKENS> * TILE;
 #pragma unroll
     for (int j = 0; j < OWN<TOKENS>; ++j)
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            const int of_sums = first_row + part.row(j, 2 * b);
-            const float bias = of_sums < rows ? bias_at(product, of_sums) : 0;
-            const int row = of_sums - part.lane / 4 + part.lane % 4 * 2;  // after they are transposed
-#pragma unroll
-            for (int i = 0; i < TOKENS / 8; ++i) {
-                const float* two = &sums[j][4 * i + 2 * b];
-                const uint32_t pair = transpose_matrix(to_pair<T>(two[0] + bias, two[1] + bias));
-                const int token = token_tile * TOKENS + 8 * i + part.lane / 4;
-                if (token >= product.tokens) continue;
-                uint16_t* y = product.y + int64_t{token} * rows + row;
-                if (row + 1 < rows && rows % 2 == 0) {
-                    *reinterpret_cast<uint32_t*>(y) = pair;
-                } else {
-                    if (row < rows) y[0] = static_cast<uint16_t>(pair);
-                    if (row + 1 < rows) y[1] = static_cast<uint16_t>(pair >> 16);
-                }
-            }
-        }
+        write_eights<T, TOKENS / 8>(product, part, row_tile * TILES<TOKENS> * TILE, j, token_tile * TOKENS,
+                                    [&](int i, int b) { return &sums[j][4 * i + 2 * b]; });
 }
 
-template <class T, int TOKENS, bool PAIR, class Multiplier>
+// Until all threads of the cluster are here.
+__device__ __forceinline__ void meet_cluster() {
+    sync_warp();
+    arrive_in_cluster();
+    await_cluster();
+}
+
+// The end of a split. Fours of a tile stand in a row, [fours of a thread][threads]; each block answers for an equal
+// part of them, and is sent what the others have summed of it to where its stages were.
+template <class T, int TOKENS>
+__device__ __forceinline__ void finish_split(const Task& task, Shared<TOKENS>& shared, const Sums<TOKENS>& sums) {
+    constexpr int COUNT = FOURS<TOKENS> * CONSUMERS, EIGHTS = TOKENS / 8;
+    static_assert(COUNT * sizeof(Floats) <= sizeof(shared.stages), "there is room");
+    Floats* sent = reinterpret_cast<Floats*>(&shared.stages);                                           // [blocks][own]
+    const int blocks = blocks_of_cluster(), rank = rank_in_cluster(), own = COUNT >> shift_of(blocks);  // whole warps
+    meet_cluster();  // nobody needs the stages any more
+#pragma unroll
+    for (int i = 0; i < FOURS<TOKENS>; ++i) {
+        const float* four = &sums[i / EIGHTS][i % EIGHTS * 4];
+        const int at = i * CONSUMERS + thread_index(), to = at * blocks / COUNT;
+        send(sent + rank * own + at - to * own, to, Floats{{four[0], four[1], four[2], four[3]}}, &shared.sent);
+    }
+    await_sent(&shared.sent);
+    const int row_tile = cluster_index() / task.token_tiles, token_tile = cluster_index() % task.token_tiles;
+#pragma unroll 1
+    for (int i = thread_index(); i < own; i += CONSUMERS) {
+        Floats sum = {};
+#pragma unroll 1
+        for (int block = 0; block < blocks; ++block)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) sum.value[r] += sent[block * own + i].value[r];
+        const int at = rank * own + i, four = at / CONSUMERS;
+        const Part<TOKENS> part = {at % CONSUMERS};  // who has summed it
+        write_eights<T, 1>(task.product, part, row_tile * TILES<TOKENS> * TILE, four / EIGHTS,
+                           token_tile * TOKENS + four % EIGHTS * 8, [&](int, int b) { return &sum.value[2 * b]; });
+    }
+}
+
+template <class T, int TOKENS, Team TEAM, class Multiplier>
 __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared) {
     const Product& product = task.product;
     Place<TOKENS> place;
-    for (int done = 0; done < units_of(product.schedule, worker<PAIR>());) {
-        const Segment segment = segment_at(product.schedule, worker<PAIR>(), done);
+    if constexpr (TEAM == Team::SPLIT) {
         Sums<TOKENS> sums = {};
-        multiply<T, TOKENS, PAIR, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
+        multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
+                                              own_units<TEAM>(product.schedule), place, sums);
+        finish_split<T, TOKENS>(task, shared, sums);
+        return;
+    }
+    for (int done = 0; done < own_units<TEAM>(product.schedule);) {
+        const Segment segment = own_segment<TEAM>(product.schedule, done);
+        Sums<TOKENS> sums = {};
+        multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
                                               segment.end - segment.begin, place, sums);
-        if (is_whole(product.schedule, segment) || add_blocks<TOKENS, PAIR>(product, segment, shared, sums))
-            write<T, TOKENS>(product, segment.tile / task.token_tiles * SIDES<PAIR> + side<PAIR>(),
+        if (is_whole(product.schedule, segment) || add_blocks<TOKENS, TEAM>(product, segment, shared, sums))
+            write<T, TOKENS>(product, segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>(),
                              segment.tile % task.token_tiles, sums);
         done += segment.end - segment.begin;
     }
@@ -250,7 +332,7 @@ template <int TOKENS>
 constexpr int FEW = BLOCKS<TOKENS> == 1 ? 40 : 24;
 
 // GROUP_STEPS: those of a chunk that share scales, if these are for sums; else 0.
-template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, bool PAIR>
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
 __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
 #ifdef LLMQUANT_WGMMA
     using Multiplier = std::conditional_t<GROUP_STEPS != 0, Raw<T, ZEROS, TOKENS, GROUP_STEPS ? GROUP_STEPS : 1>,
@@ -260,37 +342,36 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES<TOKENS>; ++i) {
             begin_barrier(&shared.full[i], 4);
-            begin_barrier(&shared.empty[i], CONSUMERS / LANES * SIDES<PAIR>);
+            begin_barrier(&shared.empty[i], CONSUMERS / LANES * SIDES<TEAM>);
         }
+        if (TEAM == Team::SPLIT) begin_barrier(&shared.sent, 1);
         fence_barriers();
+        if (TEAM == Team::SPLIT) expect_bytes(&shared.sent, FOURS<TOKENS> * CONSUMERS * int{sizeof(Floats)});
     }
     sync_block();
-    if (PAIR) arrive_in_cluster();  // my barriers are there
+    if (TEAM == Team::PAIR) arrive_in_cluster();  // my barriers are there
     if (thread_index() < CONSUMERS) {
         take_registers<MANY<TOKENS>>();
-        if (PAIR) await_cluster();
-        consume<T, TOKENS, PAIR, Multiplier>(task, shared);
+        if (TEAM == Team::PAIR) await_cluster();
+        consume<T, TOKENS, TEAM, Multiplier>(task, shared);
     } else {
         leave_registers<FEW<TOKENS>>();
-        Source<TOKENS, ZEROS, PAIR>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
+        Source<TOKENS, ZEROS, TEAM>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
+        if (TEAM == Team::SPLIT) meet_cluster();
     }
-    if (PAIR) {  // the other one may still copy to here, and arrive here
-        sync_warp();
-        arrive_in_cluster();
-        await_cluster();
-    }
+    if (TEAM == Team::PAIR) meet_cluster();  // the other one may still copy to here, and arrive here
 #else
     trap();  // compiled for another device than the only one that this runs on
 #endif
 }
 
-template <class T, bool ZEROS, int TOKENS>
+template <class T, bool ZEROS, int TOKENS, Team TEAM>
 auto kernel_of(int shift) -> void (*)(Task) {
     if constexpr (TOKENS == 8)  // for 16 and such short groups there are too few registers
-        if (shift == 2) return multiply_groups<T, ZEROS, TOKENS, 4, false>;
+        if (shift == 2) return multiply_groups<T, ZEROS, TOKENS, 4, TEAM>;
     if constexpr (TOKENS <= 16)
-        if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS, false>;
-    return multiply_groups<T, ZEROS, TOKENS, 0, false>;
+        if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM>;
+    return multiply_groups<T, ZEROS, TOKENS, 0, TEAM>;
 }
 
 template <int COUNT_>
@@ -313,13 +394,15 @@ int64_t tiles_of_tokens(int64_t tokens) {
     return choose_tokens(tokens, [&](auto tile) { return rounded_up(tokens, tile.COUNT) / tile.COUNT; });
 }
 
-template <bool PAIR>
+template <Team TEAM>
 Schedule schedule(const Layout& layout, int64_t tokens, const Device& device) {
     return choose_tokens(tokens, [&](auto tile) {
-        constexpr int TOKENS = decltype(tile)::COUNT, ROW_TILES = TILES<TOKENS> * SIDES<PAIR>;
+        constexpr int TOKENS = decltype(tile)::COUNT, ROW_TILES = TILES<TOKENS> * SIDES<TEAM>;
         const int64_t tiles = rounded_up(layout.tiles, ROW_TILES) / ROW_TILES * tiles_of_tokens(tokens);
-        const int64_t workers = BLOCKS<TOKENS> * device.processors / SIDES<PAIR>;
-        return schedule_of(tiles, layout.steps / STEPS, max(int64_t{1}, workers), RESTART);
+        const int64_t chunks = layout.steps / STEPS;
+        const int64_t workers = max(int64_t{1}, int64_t{BLOCKS<TOKENS>} * device.processors / SIDES<TEAM>);
+        return TEAM == Team::SPLIT ? cluster_schedule_of(tiles, chunks, workers, LEAST)
+                                   : schedule_of(tiles, chunks, workers, RESTART);
     });
 }
 
@@ -330,47 +413,39 @@ int64_t tile_bytes(int64_t tokens) {
     });
 }
 
-template <bool PAIR, class Kernel>
-int64_t start_tiles(const Product& product, bool fp16, int tokens, int shared_bytes, Kernel kernel, void* stream) {
-    Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens))};
-    const Boxes boxes = {
-        product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, tokens / SIDES<PAIR>, fp16};
-    if (const int64_t error = map_boxes(boxes, &task.x)) return error;
-    const int64_t blocks = product.schedule.blocks * int64_t{SIDES<PAIR>};
-    return launch(kernel, {blocks, THREADS, shared_bytes, product.overlap, stream, SIDES<PAIR>}, task);
-}
+int64_t no_bytes(int64_t) { return 0; }
 
+template <Team TEAM>
 int64_t start(const Product& product, int64_t kind, void* stream) {
     return choose_tokens(product.tokens, [&](auto tile) -> int64_t {
         constexpr int TOKENS = decltype(tile)::COUNT;
-        const bool fp16 = kind == LLMQUANT_CUDA_FP16;
-        const int shift = product.weight.layout.shift;
-        void (*const kernel)(Task) =
-            product.weight.zeros ? fp16 ? kernel_of<Fp16, true, TOKENS>(shift) : kernel_of<Bf16, true, TOKENS>(shift)
-            : fp16               ? kernel_of<Fp16, false, TOKENS>(shift)
-                                 : kernel_of<Bf16, false, TOKENS>(shift);
-        return start_tiles<false>(product, fp16, TOKENS, sizeof(Shared<TOKENS>), kernel, stream);
-    });
-}
-
-int64_t start_pairs(const Product& product, int64_t kind, void* stream) {
-    return choose_tokens(product.tokens, [&](auto tile) -> int64_t {
-        constexpr int TOKENS = decltype(tile)::COUNT;
-        if constexpr (TOKENS > MOST_SINGLE_TOKENS) {
+        if constexpr (TEAM == Team::PAIR && TOKENS <= MOST_SINGLE_TOKENS) {
+            return LLMQUANT_CUDA_BAD_PATH;
+        } else {
             const bool fp16 = kind == LLMQUANT_CUDA_FP16;
-            void (*const kernel)(Task) = product.weight.zeros ? fp16 ? multiply_groups<Fp16, true, TOKENS, 0, true>
-                                                                     : multiply_groups<Bf16, true, TOKENS, 0, true>
-                                         : fp16               ? multiply_groups<Fp16, false, TOKENS, 0, true>
-                                                              : multiply_groups<Bf16, false, TOKENS, 0, true>;
-            return start_tiles<true>(product, fp16, TOKENS, sizeof(Shared<TOKENS>), kernel, stream);
+            const int shift = product.weight.layout.shift;
+            void (*const kernel)(Task) = product.weight.zeros ? fp16 ? kernel_of<Fp16, true, TOKENS, TEAM>(shift)
+                                                                     : kernel_of<Bf16, true, TOKENS, TEAM>(shift)
+                                         : fp16               ? kernel_of<Fp16, false, TOKENS, TEAM>(shift)
+                                                              : kernel_of<Bf16, false, TOKENS, TEAM>(shift);
+            Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens))};
+            const Boxes boxes = {
+                product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, TOKENS / SIDES<TEAM>,
+                fp16};
+            if (const int64_t error = map_boxes(boxes, &task.x)) return error;
+            const int cluster = TEAM == Team::SPLIT ? cluster_of(product.schedule) : SIDES<TEAM>;
+            return launch(kernel,
+                          {int64_t{product.schedule.blocks} * SIDES<TEAM>, THREADS, sizeof(Shared<TOKENS>),
+                           product.overlap, stream, cluster},
+                          task);
         }
-        return LLMQUANT_CUDA_BAD_PATH;
     });
 }
 
 }  // namespace
 
-const Path wgmma = {schedule<false>, tile_bytes, start};
-const Path pairs = {schedule<true>, tile_bytes, start_pairs, true};
+const Path wgmma = {schedule<Team::NONE>, tile_bytes, start<Team::NONE>};
+const Path pairs = {schedule<Team::PAIR>, tile_bytes, start<Team::PAIR>, true};
+const Path split = {schedule<Team::SPLIT>, no_bytes, start<Team::SPLIT>};
 
 }  // namespace llmquant::cuda

@@ -22,7 +22,7 @@ from llmquant.scheme import Quantized, Scheme
 TILE = 64  # rows; slabs begin at a multiple
 ALIGNED = 8  # numbers: the stride of x in 16 bytes
 HALVES = KINDS[:2]  # what the kernels multiply, and scales are held in
-AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, DEQUANTIZE = range(7)  # paths
+AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, SPLIT, DEQUANTIZE = range(8)  # paths
 OVERLAP = 1  # a product begins, with its weights, before its predecessor has ended; 0: not
 ARENA = 1 << 20  # tickets for products in CUDA graphs
 

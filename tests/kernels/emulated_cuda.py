@@ -14,7 +14,7 @@ from llmquant.scheme import Quantized, Scheme
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
-AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, DEQUANTIZE = range(7)
+AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, SPLIT, DEQUANTIZE = range(8)
 
 
 class Weight(ctypes.Structure):

@@ -68,8 +68,9 @@ def test_products(scheme: Scheme, dtype: torch.dtype, kernels: ModuleType) -> No
     [
         (cuda.CLUSTER, (1, 8, 16), range(90, 999)),
         (cuda.PAIRS, (300, 700) if DEVICE == "cuda" else (70,), range(90, 91)),
+        (cuda.SPLIT, (1, 16, 64, 200) if DEVICE == "cuda" else (1, 70), range(90, 91)),
     ],
-    ids=["cluster", "pairs"],
+    ids=["cluster", "pairs", "split"],
 )
 @pytest.mark.parametrize(("m", "n"), [(200, 4096), (1000, 1000)] if DEVICE == "cuda" else [(100, 600)])
 def test_products_in_clusters(

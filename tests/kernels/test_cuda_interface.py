@@ -4,7 +4,20 @@ import ctypes
 
 import pytest
 import torch
-from emulated_cuda import CLUSTER, DEQUANTIZE, GEMM, GEMV, PAIRS, WGMMA, Emulator, Linear, Packed, Weight, random_weight
+from emulated_cuda import (
+    CLUSTER,
+    DEQUANTIZE,
+    GEMM,
+    GEMV,
+    PAIRS,
+    SPLIT,
+    WGMMA,
+    Emulator,
+    Linear,
+    Packed,
+    Weight,
+    random_weight,
+)
 
 from llmquant.scheme import Scheme
 
@@ -103,16 +116,22 @@ def test_the_path_of_a_large_weight(emulator: Emulator, packed: Packed, capabili
     assert emulator.call("path", ctypes.byref(larger)) == path
 
 
-def test_clusters_are_of_newer_devices_and_need_no_workspace(emulator: Emulator, packed: Packed) -> None:
-    task = linear(packed, tokens=2, path=CLUSTER)
+def test_clusters_are_of_newer_devices(emulator: Emulator, packed: Packed) -> None:
     for capability, expected in {80: PATH, 89: PATH, 90: CLUSTER, 120: CLUSTER}.items():
         emulator.emulate(capability=capability)
-        assert emulator.call("path", ctypes.byref(task)) == expected
-    assert emulator.sizes("workspace", task, 2) == [0, 0]
+        assert emulator.call("path", ctypes.byref(linear(packed, tokens=2, path=CLUSTER))) == expected
+
+
+@pytest.mark.parametrize(("path", "tokens"), [(CLUSTER, 2), (SPLIT, 2), (SPLIT, 200)])
+def test_what_adds_up_in_clusters_needs_no_workspace(
+    emulator: Emulator, packed: Packed, path: int, tokens: int
+) -> None:
+    emulator.emulate()
+    assert emulator.sizes("workspace", linear(packed, tokens=tokens, path=path), 2) == [0, 0]
 
 
 def test_wgmma_is_for_its_devices(emulator: Emulator, packed: Packed) -> None:
-    for path in (WGMMA, PAIRS):
+    for path in (WGMMA, PAIRS, SPLIT):
         for capability, expected in {80: PATH, 90: path, 100: PATH}.items():
             emulator.emulate(capability=capability)
             assert emulator.call("path", ctypes.byref(linear(packed, tokens=80, path=path))) == expected

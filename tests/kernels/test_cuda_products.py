@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
-from emulated_cuda import CLUSTER, GEMM, GEMV, PAIRS, WGMMA, Emulator, random_weight
+from emulated_cuda import CLUSTER, GEMM, GEMV, PAIRS, SPLIT, WGMMA, Emulator, random_weight
 from torch import Tensor
 
 from llmquant.scheme import Quantized, Scheme, dequantize
 
 SCHEMES = [Scheme(4, g, sym) for g in (32, 64, 128, -1) for sym in (True, False)]
 DTYPES = [torch.bfloat16, torch.float16]
-FEW = {"gemv": GEMV, "cluster": CLUSTER, "gemm": GEMM, "wgmma": WGMMA}  # paths for few tokens
+FEW = {"gemv": GEMV, "cluster": CLUSTER, "gemm": GEMM, "wgmma": WGMMA, "split": SPLIT}  # paths for few tokens
 PATHS = FEW | {"pairs": PAIRS}
 # One product in bf16 or fp16 of weights in that dtype is off by half a unit in the last place of y, and of each weight
 # in gemm: relative to the size of what is summed.
@@ -50,7 +50,7 @@ def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
         ("gemm", 33),
         ("gemm", 65),
     ]
-    + [("wgmma", tokens) for tokens in (3, 9, 20, 33, 65, 130)]
+    + [(path, tokens) for path in ("wgmma", "split") for tokens in (3, 9, 20, 33, 65, 130)]
     + [("pairs", tokens) for tokens in (65, 130)],
 )
 def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: torch.dtype, scheme: Scheme) -> None:
@@ -68,6 +68,7 @@ def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: t
     ("path", "tokens"),
     [("gemv", 1), ("gemv", 3), ("cluster", 3), ("cluster", 16), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
     + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)]
+    + [("split", tokens) for tokens in (1, 16, 64, 70)]
     + [("pairs", 70)],
 )
 def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) -> None:
@@ -126,6 +127,37 @@ def test_a_cluster_adds_up_a_tile(
     for seed in range(4):
         emulator.emulate(processors, seed=seed, late=late)
         results.append(emulator.linear(x, packed, bias, CLUSTER, runs=2))
+    assert_close(results[0], x, q, scheme, bias)
+    assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
+@pytest.mark.parametrize(
+    ("m", "n", "tokens", "processors", "blocks"),
+    [
+        (300, 500, 6, 2, 2),
+        (200, 2100, 14, 4, 8),  # of a thread there are fewer sums than blocks
+        (250, 1000, 33, 4, 4),
+        (256, 700, 70, 2, 2),
+        (300, 300, 140, 3, 1),
+        (120, 2100, 140, 8, 8),
+    ],
+)
+def test_a_tile_is_split_by_columns(
+    emulator: Emulator, m: int, n: int, tokens: int, processors: int, blocks: int, late: bool
+) -> None:
+    tiles, chunks, workers = -(-m // (256 if tokens <= 128 else 128)), -(-n // 128), processors
+    workers *= 2 if tokens <= 16 else 1
+    assert blocks * tiles <= workers
+    assert 2 * blocks <= chunks
+    assert 2 * blocks * tiles > workers or 4 * blocks > chunks or blocks == 8, "it would be twice as many"
+    scheme = Scheme(4, 32 if tokens == 14 else 128, symmetric=False)
+    q, x = random_weight(scheme, m, n), random_x(tokens, n, torch.bfloat16)
+    bias, packed = torch.randn(m), emulator.pack(q, scheme, x.dtype)
+    results = []
+    for seed in range(3):
+        emulator.emulate(processors, seed=seed, late=late)
+        results.append(emulator.linear(x, packed, bias, SPLIT, runs=2 if tokens <= 64 else 1))
     assert_close(results[0], x, q, scheme, bias)
     assert all(torch.equal(results[0], y) for y in results)
 

@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cuda_check.py"
 sys.path.insert(0, str(SCRIPT.parent))
-from cuda_check import Kernel, find_disassembler, find_nvcc  # noqa: E402
+from cuda_check import Kernel, find_disassembler, find_nvcc, has_fence_between_products  # noqa: E402
 
 
 def run(environment: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
@@ -37,16 +37,33 @@ def test_it_says_that_there_is_no_compiler(tmp_path: Path) -> None:
 
 def test_problems_are_found() -> None:
     counts = {"HMMA": 8, "HGMMA": 0, "LDSM": 2, "LDGSTS": 0, "LDG.128": 4, "UBLKCP": 2, "UTMALDG": 1, "local": 3}
-    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts, ahead=False, warned=False)
+    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts, ahead=False, warned=False, fenced=True)
     assert kernel.problems("stream<Bf16, true>") == [
         "8 bytes of stack",
         "12 bytes spilled",
         "3 accesses to local memory",
         "no load before it waits",
+        "a fence of the device in its loop",
         "no LDGSTS",
     ]
     none = dict.fromkeys(counts, 0)
-    assert Kernel("80", "_Z4pack", 20, 0, 0, none, ahead=True, warned=False).problems("pack_codes") == []
-    hopper = Kernel("90a", "_Z15multiply_groups", 20, 0, 0, none | {"UBLKCP": 1, "UTMALDG": 1}, ahead=True, warned=True)
+    plain = Kernel("80", "_Z4pack", 20, 0, 0, none, ahead=True, warned=False, fenced=False)
+    assert plain.problems("pack_codes") == []
+    copies = none | {"UBLKCP": 1, "UTMALDG": 1}
+    hopper = plain._replace(architecture="90a", name="_Z15multiply_groups", instructions=copies, warned=True)
     assert hopper.problems("multiply_groups<Bf16, false, 64, 0>") == ["wgmma is serialized", "no HGMMA"]
     assert hopper._replace(architecture="80", warned=False).problems("multiply_groups<Bf16, false, 64, 0>") == []
+
+
+@pytest.mark.parametrize(
+    ("listing", "found"),
+    [
+        ("HGMMA.64x8x16.F32 R24 ; MEMBAR.ALL.GPU ; HGMMA.64x8x16.F32 R24 ;", True),
+        ("HMMA.16816.F32 R4 ; MEMBAR.SC.GPU ; HMMA.16816.F32 R4 ;", True),
+        ("HMMA.16816.F32 R4 ; MEMBAR.ALL.CTA ; HMMA.16816.F32 R4 ;", False),
+        ("MEMBAR.ALL.GPU ; HMMA.16816.F32 R4 ; HMMA.16816.F32 R4 ; MEMBAR.ALL.GPU ;", False),
+        ("MEMBAR.ALL.GPU ;", False),
+    ],
+)
+def test_a_fence_counts_where_it_stands_between_products(listing: str, found: bool) -> None:
+    assert has_fence_between_products(listing) == found
