@@ -52,8 +52,8 @@ __device__ void dequantize_step(const Slab& slab, int tile, int step, int lane, 
     const uint32_t zeros = slab.weight.zeros ? slab.weight.zeros[grid] : 0x88888888u;
     for (int j = 0; j < WORDS; ++j)
         for (int p = 0; p < 4; ++p) {
-            const int position = 2 * j + p / 2;  // of this row's scale and zero
-            const uint32_t bits = scales.word[j] >> 16 * (p / 2);
+            const int position = 2 * j + p % 2;  // of this row's scale and zero
+            const uint32_t bits = scales.word[j] >> 16 * (p % 2);
             const float scale = slab.fp16_scales ? to_float<Fp16>(bits) : to_float<Bf16>(bits);
             const float zero = integer(zeros >> 4 * position & 15);
             const float low = integer(words.word[j] >> 4 * p & 15) - zero;

@@ -163,6 +163,7 @@ __device__ __forceinline__ uint32_t fma2<Bf16>(uint32_t a, uint32_t b, uint32_t 
 }
 
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
 
 template <class T>
 __device__ __forceinline__ float to_float(uint32_t bits);  // of the low 16

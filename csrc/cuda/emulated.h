@@ -193,6 +193,11 @@ inline float as_float(uint32_t bits) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
+inline uint32_t float_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
 template <class T>
 float to_float(uint32_t bits) {
     return static_cast<float>(emulated::decoded(bits & 0xffff, T()));

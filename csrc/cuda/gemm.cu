@@ -132,33 +132,27 @@ struct Fragment {
 };
 
 // What it needs for all its steps of a chunk: they are of one group.
+template <class T, bool ZEROS>
 struct Grid {
-    Words scales;
-    uint32_t zeros;
+    Scaling<T, ZEROS> of_word[WORDS];
+
+    template <class Tile>
+    __device__ __forceinline__ void load(const Stage<Tile>& stage, const Part<Tile>& part, int shift) {
+        const int group = part.column_warp * WARP_STEPS >> shift;
+        const Words scales = stage.scales[part.row_warp][group][part.lane / 4];
+        const uint32_t zeros = ZEROS ? stage.zeros[part.row_warp][group][part.lane / 4] : MIDPOINTS;
+#pragma unroll
+        for (int j = 0; j < WORDS; ++j) of_word[j].set(scales.word[j], zeros, j);
+    }
 };
 
-template <bool ZEROS, class Tile>
-__device__ __forceinline__ Grid grid_of(const Stage<Tile>& stage, const Part<Tile>& part, int shift) {
-    const int group = part.column_warp * WARP_STEPS >> shift;
-    return {stage.scales[part.row_warp][group][part.lane / 4],
-            ZEROS ? stage.zeros[part.row_warp][group][part.lane / 4] : MIDPOINTS};
-}
-
-// One of the two scales in a word, twice.
-__device__ __forceinline__ uint32_t pair_of(uint32_t scales, int b) {
-    return b ? scales >> 16 | (scales & 0xffff0000u) : scales << 16 | (scales & 0xffffu);
-}
-
-template <class T, class Tile>
-__device__ __forceinline__ void multiply(const Fragment<Tile>& fragment, const Grid& grid,
+template <class T, bool ZEROS, class Tile>
+__device__ __forceinline__ void multiply(const Fragment<Tile>& fragment, const Grid<T, ZEROS>& grid,
                                          float (&sums)[WORDS][Tile::OCTETS][4]) {
-    constexpr uint32_t MINUS_ZERO = 0x80008000;  // what changes no product that it is added to
 #pragma unroll
     for (int j = 0; j < WORDS; ++j) {
         uint32_t a[4];
-        to_weights<T>(fragment.codes.word[j], grid.zeros, j, a);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) a[r] = fma2<T>(a[r], pair_of(grid.scales.word[j], r % 2), MINUS_ZERO);
+        grid.of_word[j].apply(fragment.codes.word[j], a);
 #pragma unroll
         for (int i = 0; i < Tile::OCTETS; ++i)
             multiply_add<T>(sums[j][i], a, fragment.x[i / 2][i % 2 * 2], fragment.x[i / 2][i % 2 * 2 + 1]);
@@ -197,15 +191,22 @@ __device__ void run(const Source<Tile, ZEROS>& source, const Segment& segment, S
             source.stage_x(shared.stages[next % STAGES], segment.begin + next);
         }
         commit_copies();
-        const Grid grid = grid_of<ZEROS>(shared.stages[i % STAGES], part, shift);
+        Grid<T, ZEROS> grid;
+        grid.load(shared.stages[i % STAGES], part, shift);
         fragments[1].load(shared.stages[i % STAGES], part, 1);
-        multiply<T, Tile>(fragments[0], grid, sums);
+        multiply<T, ZEROS, Tile>(fragments[0], grid, sums);
         await_copies<STAGES - 2>();
         sync_block();
         if (i + 1 < count) fragments[0].load(shared.stages[(i + 1) % STAGES], part, 0);
-        multiply<T, Tile>(fragments[1], grid, sums);
+        multiply<T, ZEROS, Tile>(fragments[1], grid, sums);
     }
     // The last barrier was behind every copy and every read: the stages have become room for sums.
+#pragma unroll
+    for (int j = 0; j < WORDS; ++j)
+#pragma unroll
+        for (int i = 0; i < Tile::OCTETS; ++i)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) sums[j][i][r] *= Scaling<T, ZEROS>::WORTH;
 }
 
 template <class Tile>

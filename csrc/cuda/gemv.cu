@@ -110,7 +110,7 @@ struct Walk {
 #pragma unroll
             for (int j = 0; j < WORDS; ++j) {
                 uint32_t a[4];
-                to_weights<T>(codes[step].word[j], zeros, j, a);
+                to_integers<T>(codes[step].word[j], zeros, j, a);
 #pragma unroll
                 for (int eight = 0; eight < EIGHTS; ++eight)
                     multiply_add<T>(fresh[eight][j], a, b[eight][step % 2 * 2], b[eight][step % 2 * 2 + 1]);
@@ -234,7 +234,7 @@ __device__ __forceinline__ void sum_up(const Product& product, const Segment& se
 #pragma unroll
             for (int r = 0; r < 4; ++r)
                 shared.own[warp].sums[(8 * eight + sum_token(lane, r)) * STRIDE + 16 * j + sum_row(lane, r)] =
-                    walk.sums[eight][j][r];
+                    walk.sums[eight][j][r] * T::WORTH;
 }
 
 template <class T, bool ZEROS>

@@ -5,8 +5,9 @@
 // mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"), so weights go from memory to
 // the tensor cores without a shuffle: rows of the weight are rows of A, tokens are columns of B.
 //
-// Inside of a step this is the order of Marlin (Frantar et al., arXiv 2408.11743). Steps of one tile follow each other:
-// a warp that walks along the columns reads one stream.
+// Inside of a step this is the order of Marlin (Frantar et al., arXiv 2408.11743), but for two nibbles that change
+// places, so that a nibble's place in its byte says which of two rows it belongs to. Steps of one tile follow each
+// other: a warp that walks along the columns reads one stream.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +51,8 @@ LLMQUANT_BOTH constexpr int64_t words_at(int steps, int tile, int step, int lane
 }
 
 // Nibble p of word j of a lane: its row in the tile and its column in the step.
-LLMQUANT_BOTH constexpr int code_row(int lane, int j, int p) { return 16 * j + 8 * (p % 4 / 2) + lane / 4; }
-LLMQUANT_BOTH constexpr int code_column(int lane, int p) { return 2 * (lane % 4) + 8 * (p % 2) + p / 4; }
+LLMQUANT_BOTH constexpr int code_row(int lane, int j, int p) { return 16 * j + 8 * (p % 2) + lane / 4; }
+LLMQUANT_BOTH constexpr int code_column(int lane, int p) { return 2 * (lane % 4) + 8 * (p % 4 / 2) + p / 4; }
 
 // Scales and zeros of a tile and group stand in this order: the rows of lane / 4, which are 8, then those of the next.
 // So a lane's scales are 16 bytes, and its zeros are one word.
@@ -78,53 +79,40 @@ LLMQUANT_BOTH constexpr int gemm_matrix_granule(int lane) { return lane / 8 % 2;
 LLMQUANT_BOTH constexpr int gemv_matrix_token(int lane) { return lane % 8; }
 LLMQUANT_BOTH constexpr int gemv_matrix_granule(int lane) { return lane / 8; }
 
-// Codes become numbers by bit operations. 16-bit floats have 10 (fp16) or 7 (bf16) bits of mantissa: a code written
-// into its low bits of 1024 (fp16) or 128 (bf16) is that plus the code, and subtracting (1024 + zero) is exact. fp16
-// has room for a code in bits 4..7, too: 1024 + 16 code, which one multiplication and addition makes code - zero. That
-// saves shifts. (Kim et al., arXiv 2211.10017.) Two codes at a time: nibbles p and p + 4 of a word.
-struct Offsets {
-    uint32_t low, high;  // what is added to a pair for rows of one zero: nibbles at bit 0, and at bit 4
-};
+// Codes become numbers by bit operations, two at a time: nibbles r and r + 4 of a word are register r of A, which has
+// rows 8 (r % 2) on and columns 8 (r / 2) on. Shifted and masked, a code stands in bits 0..3 of 16, or in bits 4..7.
+LLMQUANT_BOTH constexpr int code_shift(int r) { return 8 * (r / 2); }
+LLMQUANT_BOTH constexpr uint32_t code_mask(int r) { return r % 2 ? 0x00f000f0u : 0x000f000fu; }
 
+// fp16 has 10 bits of mantissa. A code written into that of 1024 is 1024 + code, or 1024 + 16 code, and `factor` times
+// that, less what is too much, is the code less its zero: exactly. (Kim et al., arXiv 2211.10017.)
 struct Fp16 {
-    static constexpr uint32_t ONE = 0x3c003c00, SIXTEENTH = 0x2c002c00;
+    static constexpr uint32_t ONE = 0x3c003c00, SIXTEENTH = 0x2c002c00, BASE = 0x64006400;
+    LLMQUANT_BOTH static constexpr uint32_t factor(int r) { return r % 2 ? SIXTEENTH : ONE; }
+    static constexpr float WORTH = 1;  // of a code, by how much that is too small
 
-    LLMQUANT_BOTH static constexpr Offsets offsets(uint32_t zero) {
-        return {0xe400e400 | zero * 0x00010001, 0xd400d400 | zero * 0x00100010};  // -(1024 + zero), -(64 + zero)
-    }
-    // Register r of A: rows 8 (r % 2) on, columns 8 (r / 2) on. Of a word shifted and masked, with `base` merged into
-    // it, `factor` times that plus the offset is the weight.
-    static constexpr uint32_t BASE = 0x64006400;
-    LLMQUANT_BOTH static constexpr int shift(int r) { return 8 * (r % 2); }
-    LLMQUANT_BOTH static constexpr uint32_t mask(int r) { return r / 2 ? 0x00f000f0u : 0x000f000fu; }
-    LLMQUANT_BOTH static constexpr uint32_t factor(int r) { return r / 2 ? SIXTEENTH : ONE; }
-    LLMQUANT_BOTH static constexpr uint32_t offset(const Offsets& offsets, int r) {
-        return r / 2 ? offsets.high : offsets.low;
-    }
-    // Of register r without arithmetic: ORIGIN + code. In bits 4..7 of 64 a code is worth itself.
+    // Register r without arithmetic: ORIGIN + code. In bits 4..7 of 64 a code is worth itself.
     static constexpr int ORIGIN = 64;
     template <class Merge>
     LLMQUANT_BOTH static uint32_t raw(uint32_t word, int r, Merge merge) {
-        const int left = 4 - (8 * (r % 2) + 4 * (r / 2));
+        const int left = 4 - 4 * r;
         return merge(left > 0 ? word << left : word >> -left, 0x00f000f0u, 0x54005400u);
     }
 };
 
+// bf16 has 7, which is one too few for a code in bits 4..7. But 16 bits below 256 are, as a bf16, themselves times
+// 2^-133: the numbers below 2^-126 have no leading one, and those from there to 2^-125 are as far apart. So a code
+// needs no base at all, and since nothing is too much, a scale and its zero can be had in the same multiplication: see
+// Scaling in finish.h. 2^127 is the largest power of two; that leaves 2^-6.
 struct Bf16 {
-    static constexpr uint32_t ONE = 0x3f803f80;
+    static constexpr uint32_t ONE = 0x3f803f80, BASE = 0;
+    LLMQUANT_BOTH static constexpr uint32_t factor(int r) { return r % 2 ? 0x7d007d00u : 0x7f007f00u; }  // 2^123, 2^127
+    static constexpr float WORTH = 64;
 
-    LLMQUANT_BOTH static constexpr Offsets offsets(uint32_t zero) {
-        return {0xc300c300 | zero * 0x00010001, 0};  // -(128 + zero)
-    }
-    static constexpr uint32_t BASE = 0x43004300;
-    LLMQUANT_BOTH static constexpr int shift(int r) { return 8 * (r % 2) + 4 * (r / 2); }
-    LLMQUANT_BOTH static constexpr uint32_t mask(int) { return 0x000f000f; }
-    LLMQUANT_BOTH static constexpr uint32_t factor(int) { return ONE; }
-    LLMQUANT_BOTH static constexpr uint32_t offset(const Offsets& offsets, int) { return offsets.low; }
     static constexpr int ORIGIN = 128;
     template <class Merge>
     LLMQUANT_BOTH static uint32_t raw(uint32_t word, int r, Merge merge) {
-        return merge(word >> shift(r), mask(r), BASE);
+        return merge(word >> 4 * r, 0x000f000fu, 0x43004300u);
     }
 };
 

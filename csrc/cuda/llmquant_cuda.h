@@ -54,7 +54,7 @@ typedef struct LlmquantCudaWeight {
     void* zeros;  /* uint32 [tiles][groups][8]; null: 8 everywhere */
     int64_t rows, columns;
     int64_t group;      /* columns that share a scale: a power of two from 32 on, or columns and more: all */
-    int64_t scale_kind; /* bf16 or fp16 */
+    int64_t scale_kind; /* bf16 or fp16; every scale is below 65536 */
 } LlmquantCudaWeight;
 
 /* Bytes of the three parts: sizes[0] codes, sizes[1] scales, sizes[2] zeros. Reads no pointer of `weight`; needs no

@@ -111,36 +111,23 @@ __device__ __forceinline__ uint64_t x_of(uint64_t stage, int step) {
 }
 
 // Numbers with scales and zeros, rounded once: tokens are many.
-template <class T, bool ZEROS, int TOKENS>
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
 struct Scaled {
     static constexpr bool DRAINS = false;  // whether all that was begun has ended when a chunk does
-    struct Grid {
-        uint32_t scales[OWN<TOKENS>][2];  // each twice
-        Offsets offsets[OWN<TOKENS>][2];
-    } grid;
+    static constexpr float WORTH = Scaling<T, ZEROS>::WORTH;
+    Scaling<T, ZEROS> of_word[OWN<TOKENS>];
 
     __device__ __forceinline__ void begin_step(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int shift,
                                                int step) {
-        if (step % 2) return;  // no group is shorter
+        if (step % GROUP_STEPS) return;
         const auto scales = scales_of(stage, part, step >> shift);
         const uint32_t zeros = zeros_of<ZEROS>(stage, part, step >> shift);
 #pragma unroll
-        for (int j = 0; j < OWN<TOKENS>; ++j)
-#pragma unroll
-            for (int b = 0; b < 2; ++b) {
-                grid.scales[j][b] = pick_bytes(scales.word[j], b ? 0x3232 : 0x1010);
-                grid.offsets[j][b] = ZEROS ? offsets_of<T>(zeros, j, b) : T::offsets(8);
-            }
+        for (int j = 0; j < OWN<TOKENS>; ++j) of_word[j].set(scales.word[j], zeros, j);
     }
 
     __device__ __forceinline__ void to_numbers(uint32_t word, int j, uint32_t (&a)[4]) const {
-        constexpr uint32_t MINUS_ZERO = 0x80008000;  // what changes no product that it is added to
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const uint32_t whole = fma2<T>(merge(word >> T::shift(r), T::mask(r), T::BASE), T::factor(r),
-                                           T::offset(grid.offsets[j][r % 2], r));
-            a[r] = fma2<T>(whole, grid.scales[j][r % 2], MINUS_ZERO);
-        }
+        of_word[j].apply(word, a);
     }
 
     __device__ __forceinline__ void multiply(const Numbers<TOKENS>& a, uint64_t x, int, Sums<TOKENS>& sums) {
@@ -157,6 +144,7 @@ struct Scaled {
 template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
 struct Raw {
     static constexpr bool DRAINS = true;
+    static constexpr float WORTH = 1;
     float fresh[OWN<TOKENS>][TOKENS / 2], x_sums[TOKENS / 2];
 
     __device__ __forceinline__ void begin_step(const Stage<TOKENS>&, const Part<TOKENS>&, int, int) const {}

@@ -147,8 +147,9 @@ template <class T, int TOKENS, Team TEAM, class Multiplier>
 __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int shift, int chunks,
                                          Place<TOKENS>& place, Sums<TOKENS>& sums) {
     const auto release = [&](int stage) {
-        if (part.lane == 0) arrive(&shared.empty[stage]);
-        if (TEAM == Team::PAIR && part.lane == 0) arrive_at(&shared.empty[stage], side<TEAM>() ^ 1);
+        if (part.lane != 0) return;
+        arrive(&shared.empty[stage]);
+        if (TEAM == Team::PAIR) arrive_at(&shared.empty[stage], side<TEAM>() ^ 1);
     };
     Multiplier multiplier;
     int before = 0;  // the stage
@@ -273,7 +274,7 @@ __device__ __forceinline__ void meet_cluster() {
 
 // The end of a split. Fours of a tile stand in a row, [fours of a thread][threads]; each block answers for an equal
 // part of them, and is sent what the others have summed of it to where its stages were.
-template <class T, int TOKENS>
+template <class T, int TOKENS, class Multiplier>
 __device__ __forceinline__ void finish_split(const Task& task, Shared<TOKENS>& shared, const Sums<TOKENS>& sums) {
     constexpr int COUNT = FOURS<TOKENS> * CONSUMERS, EIGHTS = TOKENS / 8;
     static_assert(COUNT * sizeof(Floats) <= sizeof(shared.stages), "there is room");
@@ -295,6 +296,8 @@ __device__ __forceinline__ void finish_split(const Task& task, Shared<TOKENS>& s
         for (int block = 0; block < blocks; ++block)
 #pragma unroll
             for (int r = 0; r < 4; ++r) sum.value[r] += sent[block * own + i].value[r];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sum.value[r] *= Multiplier::WORTH;
         const int at = rank * own + i, four = at / CONSUMERS;
         const Part<TOKENS> part = {at % CONSUMERS};  // who has summed it
         write_eights<T, 1>(task.product, part, row_tile * TILES<TOKENS> * TILE, four / EIGHTS,
@@ -310,18 +313,23 @@ __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared
         Sums<TOKENS> sums = {};
         multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
                                               own_units<TEAM>(product.schedule), place, sums);
-        finish_split<T, TOKENS>(task, shared, sums);
-        return;
-    }
-    for (int done = 0; done < own_units<TEAM>(product.schedule);) {
-        const Segment segment = own_segment<TEAM>(product.schedule, done);
-        Sums<TOKENS> sums = {};
-        multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
-                                              segment.end - segment.begin, place, sums);
-        if (is_whole(product.schedule, segment) || add_blocks<TOKENS, TEAM>(product, segment, shared, sums))
-            write<T, TOKENS>(product, segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>(),
-                             segment.tile % task.token_tiles, sums);
-        done += segment.end - segment.begin;
+        finish_split<T, TOKENS, Multiplier>(task, shared, sums);
+    } else {
+        for (int done = 0; done < own_units<TEAM>(product.schedule);) {
+            const Segment segment = own_segment<TEAM>(product.schedule, done);
+            Sums<TOKENS> sums = {};
+            multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
+                                                  segment.end - segment.begin, place, sums);
+            if constexpr (Multiplier::WORTH != 1)
+#pragma unroll
+                for (int j = 0; j < OWN<TOKENS>; ++j)
+#pragma unroll
+                    for (int i = 0; i < TOKENS / 2; ++i) sums[j][i] *= Multiplier::WORTH;
+            if (is_whole(product.schedule, segment) || add_blocks<TOKENS, TEAM>(product, segment, shared, sums))
+                write<T, TOKENS>(product, segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>(),
+                                 segment.tile % task.token_tiles, sums);
+            done += segment.end - segment.begin;
+        }
     }
 }
 
@@ -331,12 +339,13 @@ constexpr int MANY = BLOCKS<TOKENS> == 1 ? 232 : 104;
 template <int TOKENS>
 constexpr int FEW = BLOCKS<TOKENS> == 1 ? 40 : 24;
 
-// GROUP_STEPS: those of a chunk that share scales, if these are for sums; else 0.
+// GROUP_STEPS: so many steps of a chunk share scales, or more.
 template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
 __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
 #ifdef LLMQUANT_WGMMA
-    using Multiplier = std::conditional_t<GROUP_STEPS != 0, Raw<T, ZEROS, TOKENS, GROUP_STEPS ? GROUP_STEPS : 1>,
-                                          Scaled<T, ZEROS, TOKENS>>;
+    constexpr bool RAW = TOKENS <= 16 && GROUP_STEPS >= 4 && TEAM != Team::SPLIT;
+    using Multiplier =
+        std::conditional_t<RAW, Raw<T, ZEROS, TOKENS, GROUP_STEPS>, Scaled<T, ZEROS, TOKENS, GROUP_STEPS>>;
     let_next_begin();
     Shared<TOKENS>& shared = *reinterpret_cast<Shared<TOKENS>*>(shared_memory());
     if (thread_index() == 0) {
@@ -367,11 +376,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
 
 template <class T, bool ZEROS, int TOKENS, Team TEAM>
 auto kernel_of(int shift) -> void (*)(Task) {
-    if constexpr (TOKENS == 8)  // for 16 and such short groups there are too few registers
+    if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM>;
+    if constexpr (TOKENS == 8 && TEAM != Team::SPLIT)  // for 16 and such short groups there are too few registers
         if (shift == 2) return multiply_groups<T, ZEROS, TOKENS, 4, TEAM>;
-    if constexpr (TOKENS <= 16)
-        if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM>;
-    return multiply_groups<T, ZEROS, TOKENS, 0, TEAM>;
+    return multiply_groups<T, ZEROS, TOKENS, 2, TEAM>;
 }
 
 template <int COUNT_>

@@ -22,6 +22,7 @@ from llmquant.scheme import Quantized, Scheme
 TILE = 64  # rows; slabs begin at a multiple
 ALIGNED = 8  # numbers: the stride of x in 16 bytes
 HALVES = KINDS[:2]  # what the kernels multiply, and scales are held in
+TOO_LARGE = 2.0**16  # of a scale: csrc/cuda/finish.h multiplies them by 2^112 in bf16
 AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, SPLIT, DEQUANTIZE = range(8)  # paths
 OVERLAP = 1  # a product begins, with its weights, before its predecessor has ended; 0: not
 ARENA = 1 << 20  # tickets for products in CUDA graphs
@@ -63,12 +64,14 @@ def pack(q: Quantized, scheme: Scheme) -> Packed:
     Each part is flat, and as long as the library says; the scales are bf16 where that is exact, or else fp16.
 
     Raises:
-        RecipeError: neither holds the scales exactly.
+        RecipeError: neither holds the scales exactly, or one of them is TOO_LARGE.
     """
     m, n = q.codes.shape
     dtype = exact_dtype(q.scales)
-    if dtype not in HALVES:
-        raise RecipeError(f"{VARIABLE}: cuda needs scales that are exact in bf16 or in fp16; use triton")
+    if dtype not in HALVES or float(q.scales.amax()) >= TOO_LARGE:
+        raise RecipeError(
+            f"{VARIABLE}: cuda needs scales below {TOO_LARGE:.0f} that are exact in bf16 or in fp16; use triton"
+        )
     codes, scales, zeros = (part.new_empty(size) for part, size in zip(q, shapes(m, n, scheme), strict=True))
     packed = Packed(codes, scales.to(dtype), None if scheme.symmetric else zeros)
     parts = [part.contiguous() for part in q]

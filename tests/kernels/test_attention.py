@@ -79,7 +79,9 @@ def test_any_shape(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = NATIVE.attention(q, k, v, width**-0.5, level)
     assert out.dtype == dtype
-    assert off(out, reference.attention(q.double(), k.double(), v.double(), width**-0.5).double()) < BOUND[dtype]
+    q, k, v = q.double(), k.double(), v.double()
+    size = reference.attention(q, k, v.abs(), width**-0.5)  # of what is summed, which may cancel
+    assert (out - reference.attention(q, k, v, width**-0.5)).norm() < BOUND[dtype] * size.norm()
 
 
 @native_only

@@ -31,10 +31,12 @@ def test_the_weight_comes_back(scheme: Scheme, shape: tuple[int, int]) -> None:
     assert torch.equal(real.double(), w.real)
 
 
-def test_scales_that_no_kernel_can_hold_are_refused() -> None:
+@pytest.mark.parametrize("scale", [1 + 2**-20, 65536.0])
+def test_scales_that_no_kernel_can_hold_are_refused(scale: float) -> None:
     codes, zeros = torch.zeros(4, 32, dtype=torch.uint8), torch.full((4, 1), 8, dtype=torch.uint8)
-    with pytest.raises(RecipeError, match="LLMQUANT_BACKEND: cuda needs scales that are exact in bf16 or in fp16"):
-        cuda.pack(Quantized(codes, torch.full((4, 1), 1 + 2**-20), zeros), Scheme(4, 32))
+    message = "LLMQUANT_BACKEND: cuda needs scales below 65536 that are exact in bf16 or in fp16; use triton"
+    with pytest.raises(RecipeError, match=message):
+        cuda.pack(Quantized(codes, torch.full((4, 1), scale), zeros), Scheme(4, 32))
 
 
 def test_what_the_library_refuses_is_said(library: native.CudaLibrary) -> None:

@@ -44,7 +44,7 @@ def test_every_code_has_its_place(emulator: Emulator, shape: tuple[int, int]) ->
         for c in range(n):
             tile, j, b, group = r // 64, r % 64 // 16, r % 16 // 8, r % 8
             step, h, t, e = c // 16, c % 16 // 8, c % 8 // 2, c % 2
-            p = 4 * e + 2 * b + h
+            p = 4 * e + 2 * h + b
             assert words[tile][step][4 * group + t][j] >> 4 * p & 15 == int(q.codes[r, c])
             used += int(q.codes[r, c]) > 0
             if c % 32 == 0:

@@ -63,6 +63,20 @@ def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: t
     assert torch.equal(y, expected(x, q, scheme).to(dtype))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize(("path", "tokens"), [*((path, 3) for path in FEW), ("wgmma", 20), ("pairs", 65)])
+def test_scales_of_any_size(emulator: Emulator, path: str, tokens: int, group: int, symmetric: bool) -> None:
+    """Powers of two from 2^-96 to 2^15, and all sums of a row exact: from what bf16 makes of tiny numbers, no bit is
+    lost."""
+    scheme = Scheme(4, group, symmetric)
+    q = random_weight(scheme, 112, 256)
+    q = Quantized(q.codes, 2.0 ** torch.arange(-96, 16)[:, None].expand_as(q.scales), q.zeros)
+    x = (torch.arange(tokens * 256).view(tokens, 256) * 7 % 5 - 2).bfloat16()
+    y = emulator.linear(x, emulator.pack(q, scheme, x.dtype), path=PATHS[path])
+    assert torch.equal(y, expected(x, q, scheme).bfloat16())
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(
     ("path", "tokens"),
