@@ -89,6 +89,13 @@ __device__ __forceinline__ void load_once(Words& words, const Words* from, bool 
         : "l"(from), "l"(policy), "r"(static_cast<int>(wanted)));
 }
 
+// To L2, in which it need not stay; whole granules of 16 bytes. sm_90 and later.
+__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // What another block wrote: from L2, as L1 may hold older values.
 __device__ __forceinline__ float load_fresh(const float* from) { return __ldcg(from); }
 __device__ __forceinline__ Floats load_fresh(const Floats* from) {

@@ -213,6 +213,15 @@ inline bool draw_ticket(uint32_t* tickets, uint32_t last) {
     return drawn == last;
 }
 
+// Nothing but that the memory is there.
+inline void prefetch_bulk(const void* from, int bytes) {
+    emulated::expect_aligned(from);
+    if (bytes <= 0 || bytes % 16) emulated::fail("a copy of no possible size");
+    volatile unsigned char touched = static_cast<const unsigned char*>(from)[0];
+    touched = static_cast<const unsigned char*>(from)[bytes - 1];
+    static_cast<void>(touched);
+}
+
 inline void let_next_begin() {}
 inline void await_previous() {}
 

@@ -23,6 +23,7 @@ constexpr int STEPS = 4;           // of a unit
 constexpr int COLUMNS = STEPS * STEP;
 constexpr int GRANULES = COLUMNS / GRANULE;
 constexpr int RING = 3;           // units
+constexpr int FURTHER = 4;        // units that a warp asks L2 for while it waits: 8 KB, 17 MB of 132 multiprocessors
 constexpr int RESTART = 24;       // what a second tile costs a block, in units
 constexpr int STRIDE = TILE + 4;  // of a token's sums in shared memory: so that a warp writes to different banks
 
@@ -139,7 +140,12 @@ struct Walk {
         Words codes[AHEAD][STEPS] = {};
 #pragma unroll
         for (int ahead = 0; ahead < AHEAD; ++ahead) load(begin + ahead, end, policy, codes[ahead]);
-        if (product.overlap) await_previous();  // x may come from it; the codes do not
+        if (product.overlap) {
+            const int further = min(end - begin - AHEAD, FURTHER);
+            if (product.overlap == 2 && lane == 0 && further > 0)
+                prefetch_bulk(codes_of(begin + AHEAD), further * STEPS * LANES * int{sizeof(Words)});
+            await_previous();  // x may come from it; the codes do not
+        }
         for (int ahead = 0; ahead < RING - 1; ++ahead) stage(begin + ahead, end, ahead);
 #pragma unroll 1
         for (int unit = begin, slot = 0; unit < end; unit += AHEAD) {
@@ -264,7 +270,7 @@ int64_t start(const Product& product, int64_t kind, void* stream_of_task) {
     void (*const kernel)(Product) = product.weight.zeros ? fp16 ? stream<Fp16, true> : stream<Bf16, true>
                                     : fp16               ? stream<Fp16, false>
                                                          : stream<Bf16, false>;
-    return launch(kernel, {product.schedule.blocks, THREADS, sizeof(Shared<FEW>), product.overlap, stream_of_task},
+    return launch(kernel, {product.schedule.blocks, THREADS, sizeof(Shared<FEW>), product.overlap != 0, stream_of_task},
                   product);
 }
 
@@ -341,7 +347,7 @@ int64_t start_in_cluster(const Product& product, int64_t kind, void* stream_of_t
         : fp16               ? stream_in_cluster<Fp16, false, TOKENS>
                              : stream_in_cluster<Bf16, false, TOKENS>;
     return launch(kernel,
-                  {product.schedule.blocks, THREADS, sizeof(Gathering<TOKENS>), product.overlap, stream_of_task,
+                  {product.schedule.blocks, THREADS, sizeof(Gathering<TOKENS>), product.overlap != 0, stream_of_task,
                    cluster_of(product.schedule)},
                   product);
 }

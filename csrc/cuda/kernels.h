@@ -39,7 +39,7 @@ struct Product {
     uint32_t* tickets;
     int64_t x_stride;
     int tokens, bias_kind;
-    bool overlap;  // it may have begun before what is before it has ended
+    int64_t overlap;  // not 0: it may have begun before what is before it has ended; 2: and asks L2 for more
     Schedule schedule;
 };
 

@@ -84,7 +84,8 @@ typedef struct LlmquantCudaLinear {
     int64_t bias_kind; /* any of the three */
     int64_t path;
     /* 1: on sm_90 and later this may begin while the kernel before it on the stream still runs (programmatic dependent
-     * launch). x, bias and y may come from, or be in use by, that kernel; the weight may not. */
+     * launch). x, bias and y may come from, or be in use by, that kernel; the weight may not. 2: and what streams
+     * (gemv, cluster) has more of the weight brought to L2 while it waits. */
     int64_t overlap;
     void* partials;    /* scratch, aligned to 16 bytes; one per stream; its contents do not matter */
     uint32_t* tickets; /* zeros before the first call, and again after every call; one per stream */

@@ -44,6 +44,7 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
         return LLMQUANT_CUDA_BAD_KIND;
     if (!aligned(task.x) || task.x_stride % GRANULE || !aligned(task.y) || !aligned(task.partials))
         return LLMQUANT_CUDA_BAD_ALIGNMENT;
+    if (task.overlap < 0 || task.overlap > 2) return LLMQUANT_CUDA_BAD_SIZE;
     if (task.path < LLMQUANT_CUDA_AUTO || task.path > LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
     const bool clusters = task.path == LLMQUANT_CUDA_CLUSTER;
     if (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
@@ -69,7 +70,7 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     product.x_stride = task.x_stride;
     product.tokens = static_cast<int>(task.tokens);
     product.bias_kind = static_cast<int>(task.bias_kind);
-    product.overlap = task.overlap && plan->device.capability >= 90;
+    product.overlap = plan->device.capability >= 90 ? task.overlap : 0;
     product.schedule = path.schedule(product.weight.layout, task.tokens, plan->device);
     if (!product.schedule.blocks) return LLMQUANT_CUDA_BAD_SIZE;
     const int64_t each = path.pairs ? 2 : 1;

@@ -444,7 +444,7 @@ int64_t start(const Product& product, int64_t kind, void* stream) {
             const int cluster = TEAM == Team::SPLIT ? cluster_of(product.schedule) : SIDES<TEAM>;
             return launch(kernel,
                           {int64_t{product.schedule.blocks} * SIDES<TEAM>, THREADS, sizeof(Shared<TOKENS>),
-                           product.overlap, stream, cluster},
+                           product.overlap != 0, stream, cluster},
                           task);
         }
     });

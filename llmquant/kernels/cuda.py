@@ -24,7 +24,8 @@ ALIGNED = 8  # numbers: the stride of x in 16 bytes
 HALVES = KINDS[:2]  # what the kernels multiply, and scales are held in
 TOO_LARGE = 2.0**16  # of a scale: csrc/cuda/finish.h multiplies them by 2^112 in bf16
 AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, SPLIT, DEQUANTIZE = range(8)  # paths
-OVERLAP = 1  # a product begins, with its weights, before its predecessor has ended; 0: not
+# A product begins, with its weights, before its predecessor has ended (1), and asks L2 for more of them (2); 0: not.
+OVERLAP = 1
 ARENA = 1 << 20  # tickets for products in CUDA graphs
 
 
@@ -94,10 +95,12 @@ def unpack(packed: Packed, m: int, n: int, scheme: Scheme) -> Quantized:
     return q
 
 
-def linear(x: Tensor, packed: Packed, bias: Tensor | None, m: int, scheme: Scheme, path: int = AUTO) -> Tensor:
+def linear(
+    x: Tensor, packed: Packed, bias: Tensor | None, m: int, scheme: Scheme, path: int = AUTO, overlap: int = OVERLAP
+) -> Tensor:
     """As `reference.linear`: x [..., n], contiguous, of one of layout.KINDS, to [..., m] of the same.
 
-    `path` is that of llmquant_cuda.h; AUTO leaves it to the library's table of tokens.
+    `path` and `overlap` are those of llmquant_cuda.h; AUTO leaves the path to the library's table of tokens.
     """
     n = x.shape[-1]
     rows = x.reshape(-1, n)
@@ -112,7 +115,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, m: int, scheme: Schem
                     rows, lambda first, count: dequantize(packed, first, count, m, n, scheme, x.dtype), bias, y
                 )
             else:
-                _multiply(rows, packed._replace(scales=scales), bias, y, scheme, path, *needs)
+                _multiply(rows, packed._replace(scales=scales), bias, y, scheme, (path, overlap), *needs)
     return y.view(*x.shape[:-1], m)
 
 
@@ -127,7 +130,14 @@ def dequantize(packed: Packed, first: int, count: int, m: int, n: int, scheme: S
 
 
 def _multiply(
-    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, scheme: Scheme, path: int, scratch: int, tickets: int
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    y: Tensor,
+    scheme: Scheme,
+    way: tuple[int, int],
+    scratch: int,
+    tickets: int,
 ) -> None:
     (tokens, m), n = y.shape, x.shape[1]
     if n % ALIGNED:
@@ -144,8 +154,8 @@ def _multiply(
         x_stride=x.stride(0),
         kind=KINDS.index(x.dtype),
         bias_kind=0 if bias is None else KINDS.index(bias.dtype),
-        path=path,
-        overlap=OVERLAP,
+        path=way[0],
+        overlap=way[1],
         partials=partials.data_ptr(),
         tickets=counts.data_ptr(),
         partials_bytes=scratch,

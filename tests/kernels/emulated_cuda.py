@@ -139,13 +139,15 @@ class Emulator:
         self.check("dequantize", ctypes.byref(packed.task), *numbers, ctypes.c_void_p(out.data_ptr()), None)
         return out
 
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None = None, path: int = AUTO, runs: int = 1) -> Tensor:
+    def linear(
+        self, x: Tensor, packed: Packed, bias: Tensor | None = None, path: int = AUTO, runs: int = 1, overlap: int = 0
+    ) -> Tensor:
         """The product, `runs` times into workspaces that were poisoned once; every run has the same bits."""
         tokens, n = x.shape
         held = guarded(x) if n % 8 == 0 else guarded(torch.nn.functional.pad(x, (0, -n % 8), value=torch.nan))
         bias = None if bias is None else guarded(bias)
         task = Linear(packed.task, held.data_ptr(), None if bias is None else bias.data_ptr(), tokens=tokens)
-        task.x_stride, task.kind, task.path = held.shape[1], KINDS.index(x.dtype), path
+        task.x_stride, task.kind, task.path, task.overlap = held.shape[1], KINDS.index(x.dtype), path, overlap
         task.bias_kind = 0 if bias is None else KINDS.index(bias.dtype)
         room, count = self.sizes("workspace", task, 2)
         partials, tickets = (

@@ -57,6 +57,7 @@ def linear(packed: Packed, **changes: int) -> Linear:
         ({"codes": 4}, ALIGNMENT),
         ({"x_stride": 132}, ALIGNMENT),
         ({"path": 9}, PATH),
+        ({"overlap": 3}, SIZE),
         ({"path": GEMV, "tokens": 9}, PATH),
         ({"path": CLUSTER, "tokens": 17}, PATH),
         ({"path": PAIRS, "tokens": 64}, PATH),

@@ -145,6 +145,17 @@ def test_a_cluster_adds_up_a_tile(
     assert all(torch.equal(results[0], y) for y in results)
 
 
+@pytest.mark.parametrize("path", ["gemv", "cluster"])
+@pytest.mark.parametrize("n", [33, 200, 640, 2100])
+def test_what_is_asked_of_l2_is_of_the_weight(emulator: Emulator, path: str, n: int) -> None:
+    scheme = Scheme(4, 32)
+    emulator.emulate(1)
+    q, x = random_weight(scheme, 128, n), random_x(2, n, torch.bfloat16)
+    packed = emulator.pack(q, scheme, x.dtype)
+    y, more = (emulator.linear(x, packed, path=PATHS[path], overlap=overlap) for overlap in (1, 2))
+    assert torch.equal(y, more)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
 @pytest.mark.parametrize(
     ("m", "n", "tokens", "processors", "blocks"),
