@@ -16,8 +16,9 @@ import torch
 from llmquant.checkpoint import durable
 from llmquant.errors import RecipeError
 
-MOST_SPLITS, FEWEST_STEPS = 16, 4  # parts of one sum, and steps of each
-WAVES = 2  # programs for each multiprocessor, that the sums are split for
+FEW = 16  # tokens of the smallest tile, which has a way of its own to make numbers of codes
+MOST_SPLITS, FEWEST_STEPS = 16, 2  # parts of one sum, and steps of each
+WARPS = 8  # of a multiprocessor, that sums are split for: as many as have room by their registers
 
 
 class Config(NamedTuple):
@@ -37,8 +38,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-# For up to so many tokens. Not measured yet: tiles that fill registers without spilling, by the compiler's count.
-DEFAULTS = {16: Tile(64, 16, 4, 4), 32: Tile(64, 32, 4, 4), 64: Tile(64, 64, 4, 4), 1 << 62: Tile(128, 64, 8, 3)}
+# For up to so many tokens. Not measured yet: tiles that fill registers without spilling, by the compiler's count. Two
+# warps multiply by mma.sync on Hopper, too, which for few tokens has less to wait for than wgmma.
+DEFAULTS = {FEW: Tile(32, FEW, 2, 4), 32: Tile(64, 32, 4, 3), 1 << 62: Tile(64, 64, 4, 3)}
 
 # For more tokens than so many, by the major compute capability, torch multiplies a dequantized weight. On Hopper
 # because the kernel then takes longer than cuBLAS and what dequantizing adds to it, as measured on an H200; for others
@@ -48,8 +50,8 @@ MOST_ELSEWHERE = 256
 
 CANDIDATES = tuple(
     Config(rows, tokens, split, warps, stages)
-    for rows, warps in ((32, 2), (64, 4), (128, 4), (128, 8))
-    for tokens in (16, 32, 64)
+    for rows, warps in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8))
+    for tokens in (FEW, 32, 64)
     for split in (1, 2, 4, 8, 16)
     for stages in (3, 5)
 )
@@ -63,10 +65,11 @@ def choose(device: torch.device, m: int, n: int, tokens: int, step: int) -> Conf
 
 
 def default(m: int, n: int, tokens: int, step: int, processors: int) -> Config:
-    """The first tile that the tokens fit; sums split until the device is full."""
+    """The first tile that the tokens fit; sums split as long as all parts run at the same time."""
     tile = next(tile for most, tile in DEFAULTS.items() if tokens <= most)
     programs, steps, split = -(-m // tile.rows) * -(-tokens // tile.tokens), -(-n // step), 1
-    while split < MOST_SPLITS and programs * split < WAVES * processors and steps >= 2 * split * FEWEST_STEPS:
+    at_once = processors * WARPS // tile.warps
+    while split < MOST_SPLITS and 2 * split * programs <= at_once and steps >= 2 * split * FEWEST_STEPS:
         split *= 2
     return Config(tile.rows, tile.tokens, split, tile.warps, tile.stages)
 

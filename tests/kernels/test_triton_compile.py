@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-TARGETS = {80: "mma.sync.aligned.m16n8k16", 90: "wgmma.mma_async"}
+TARGETS = {80: ("mma.sync.aligned.m16n8k16",), 90: ("mma.sync.aligned.m16n8k16", "wgmma.mma_async")}
 
 
 def test_tiles_of_every_size_compile_without_spills() -> None:
@@ -33,11 +33,13 @@ def compiled(capability: int, tokens: int, dtype: str, symmetric: bool, group: i
     from triton.compiler import ASTSource
 
     from llmquant.kernels import triton, tuning
+    from llmquant.scheme import Scheme
 
     kernel = triton._linear
-    tile, at_once, split, warps, stages = tuning.default(8192, 8192, tokens, group, 132)
-    constants = {"BITS": 4, "STEP": group, "PER_ROW": 0, "TILE": tile, "TOKENS": at_once, "SPLIT": split, "bias": None}
-    types = {"x": f"*{dtype}", "codes": "*u8", "scales": "*bf16", "zeros": "*u8"}
+    tile, at_once, split, warps, stages = tuning.default(8192, 8192, tokens, 256, 132)
+    constants = triton._constants(8192, Scheme(4, group)) | {"RAW": at_once == tuning.FEW}
+    constants |= {"TILE": tile, "TOKENS": at_once, "SPLIT": split, "bias": None}
+    types = {"x": f"*{dtype}", "codes": "*i32", "scales": "*bf16", "zeros": "*u8"}
     types["y"] = types["x"] if split == 1 else "*fp32"
     if symmetric:
         constants["zeros"] = None
@@ -66,15 +68,15 @@ def compile_with_ones() -> None:
     from llmquant.solve import triton as solver
 
     scales = {"SMALLEST": MIN_SCALE, "LARGEST": MAX_SCALE}
-    weight = {"BITS": 4, "STEP": 32, "PER_ROW": 0, "TILE": 32}
+    weight = {"BITS": 4, "BLOCKS": 1, "PER_ROW": 0, "TILE": 32}
     kernels = {
-        triton._linear: weight | {"TOKENS": 16, "SPLIT": 2},
+        triton._linear: weight | {"RAW": True, "TOKENS": 16, "SPLIT": 2},
         triton._add: {"SPLIT": 2, "BLOCK": 1024},
         triton._dequantize: weight,
         solver._round_tile: {"MOST": 15, "COLUMNS": 1, "ROWS": 32},
         solver._search_tile: scales | {"MOST": 15, "MIDPOINT": 8, "COLUMNS": 1, "ROWS": 16},
     }
-    pointers = {"x": "*bf16", "codes": "*u8", "bias": "*fp32", "y": "*bf16", "weight": "*bf16"}
+    pointers = {"x": "*bf16", "codes": "*i32", "bias": "*fp32", "y": "*bf16", "weight": "*bf16"}
     floats = "scales", "zeros", "parts", "work", "U", "pivots", "tried"
     pointers |= dict.fromkeys(floats, "*fp32")
     for kernel, constants in kernels.items():
@@ -86,12 +88,12 @@ def compile_with_ones() -> None:
 
 
 def report() -> None:
-    for capability, instruction in TARGETS.items():
+    for capability, instructions in TARGETS.items():
         for tokens in (1, 32, 64, 256):
             for dtype, symmetric, group in (("bf16", True, 128), ("fp16", False, 64)):
                 ptx, said = compiled(capability, tokens, dtype, symmetric, group)
                 facts = [
-                    "tensor cores" if instruction in ptx else "no tensor cores",
+                    "tensor cores" if any(one in ptx for one in instructions) else "no tensor cores",
                     "asynchronous copies" if "cp.async" in ptx else "no asynchronous copies",
                     "0 bytes spilled" if "0 bytes spill stores, 0 bytes spill loads" in said else "spills",
                     "0 of stack" if "0 bytes stack frame" in said else "a stack frame",

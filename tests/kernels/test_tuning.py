@@ -22,20 +22,20 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("m", "tokens", "split"),
     [
-        (28672, 1, 1),  # 448 tiles fill 132 processors
-        (8192, 1, 4),
-        (4096, 16, 8),
+        (28672, 1, 1),  # 896 tiles; 4 for each of 132 processors run at once
+        (8192, 1, 2),
+        (4096, 16, 4),
         (128, 1, 16),
         (4096, 4096, 1),
     ],
 )
 def test_a_sum_is_split_until_the_device_is_full(m: int, tokens: int, split: int) -> None:
-    assert tuning.default(m, 16384, tokens, 128, 132).split == split
+    assert tuning.default(m, 16384, tokens, 256, 132).split == split
 
 
 def test_a_sum_of_few_steps_is_left_whole() -> None:
-    assert tuning.default(128, 7 * 128, 1, 128, 132).split == 1
-    assert tuning.default(128, 8 * 128, 1, 128, 132).split == 2
+    assert tuning.default(128, 3 * 256, 1, 256, 132).split == 1
+    assert tuning.default(128, 4 * 256, 1, 256, 132).split == 2
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 5000])
