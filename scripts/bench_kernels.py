@@ -1,19 +1,21 @@
 """`llmquant bench kernels` for the documentation: every shape, into a JSON file and a roofline.
 
     python scripts/bench_kernels.py docs/results/kernels.json [--shapes 4096x4096,...] [--tokens 1,4,16,128,512]
-    python scripts/bench_kernels.py docs/results/kernels-gpu.json --device cuda [--dtype fp16] [--paths] [--tune]
+    python scripts/bench_kernels.py docs/results/kernels-gpu.json --device cuda [--dtype fp16] [--tune]
+        [--paths] [--backends llmquant,cuBLAS]
 
 On the CPU peers are torch in fp32 and bf16, torch's int4 kernel, ONNX Runtime's MatMulNBits where `onnx` and
 `onnxruntime` are installed, and llama.cpp's Q4_0 where `llama-cpp-python` is. What the file holds already is not
 measured again. On a GPU they are cuBLAS, torch's int4 kernel, gemlite where it is installed, and Marlin and Machete
 where vLLM is; --paths measures each of our kernels by itself, from which the tables of tokens are to be made, and
---tune lets the Triton kernel try its tiles first.
+--tune lets the Triton kernel try its tiles first. --backends measures those alone whose names begin so.
 """
 
 import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of activations on a GPU")
     parser.add_argument("--paths", action="store_true")
+    parser.add_argument("--backends", type=lambda text: tuple(text.split(",")), default=("",), metavar="PREFIX,...")
     parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -101,18 +104,23 @@ def on_gpu(args: argparse.Namespace, shapes: Sequence[tuple[int, int]], tokens: 
     reading, peak = limits["read_bandwidth"] / 1e9, limits["peak_flops"] / 1e12
     print(f"reading {reading:.0f} GB/s, cuBLAS {peak:.0f} TFLOP/s", flush=True)
     facts = {**gpu.machine(), **limits, "dtype": args.dtype, "group_size": args.group_size}
+    contestants = {
+        name: make for name, make in makers(dtype, paths=args.paths).items() if name.startswith(args.backends)
+    }
+    if not contestants:
+        sys.exit(f"error: --backends: there are {', '.join(makers(dtype, paths=args.paths))}")
     found: list[gpu.Result] = []
     refused: list[gpu.Refusal] = []
     for n, m in shapes:
         if args.tune:
             gpu.tune_triton(n, m, scheme, tokens, dtype)
-        contestants = makers(dtype, paths=args.paths)
         here = list(gpu.measure(n, m, scheme, tokens, contestants, dtype))
         found += (one for one in here if isinstance(one, gpu.Result))
         refused += (one for one in here if isinstance(one, gpu.Refusal))
         print("\n".join(gpu.table([one for one in here if isinstance(one, gpu.Result)], limits)), flush=True)
         rows = {"results": [one._asdict() for one in found], "refused": [one._asdict() for one in refused]}
         args.json.write_text(json.dumps(facts | rows, indent=1) + "\n")
+    print("\n".join(gpu.fastest(found)))
     for one in refused:
         print(f"{one.n}x{one.m}, {one.tokens} tokens: {one.backend} was not measured: {one.reason}")
     with suppress(ModuleNotFoundError):  # a bare machine may lack matplotlib: the figures are in the file

@@ -218,6 +218,18 @@ def table(results: Sequence[Result], limits: Mapping[str, float]) -> list[str]:
     return lines
 
 
+def fastest(results: Sequence[Result]) -> list[str]:
+    """A line for each shape and number of tokens that several of our kernels were measured with, fastest first."""
+    lines = []
+    for n, m, tokens in dict.fromkeys(result[:3] for result in results):
+        ours = [r for r in results if r[:3] == (n, m, tokens) and r.backend.startswith("llmquant ")]
+        if len(ours) > 1:
+            order = sorted(ours, key=lambda r: r.seconds)
+            times = ", ".join(f"{r.backend.removeprefix('llmquant ')} {1e6 * r.seconds:.1f} us" for r in order)
+            lines.append(f"{n:>6}x{m:<6}{tokens:>5} tokens  {times}")
+    return lines
+
+
 def speedups(results: Sequence[Result], n: int, m: int) -> dict[str, list[tuple[int, float]]]:
     """By backend, over cuBLAS: (tokens, times as fast)."""
     here = [result for result in results if (result.n, result.m) == (n, m)]

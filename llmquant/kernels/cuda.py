@@ -115,7 +115,7 @@ def linear(
                     rows, lambda first, count: dequantize(packed, first, count, m, n, scheme, x.dtype), bias, y
                 )
             else:
-                _multiply(rows, packed._replace(scales=scales), bias, y, scheme, (path, overlap), *needs)
+                _multiply(rows, packed._replace(scales=scales), bias, y, scheme, needs, path=path, overlap=overlap)
     return y.view(*x.shape[:-1], m)
 
 
@@ -130,16 +130,10 @@ def dequantize(packed: Packed, first: int, count: int, m: int, n: int, scheme: S
 
 
 def _multiply(
-    x: Tensor,
-    packed: Packed,
-    bias: Tensor | None,
-    y: Tensor,
-    scheme: Scheme,
-    way: tuple[int, int],
-    scratch: int,
-    tickets: int,
+    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, scheme: Scheme, needs: tuple[int, int], **how: int
 ) -> None:
     (tokens, m), n = y.shape, x.shape[1]
+    scratch, tickets = needs
     if n % ALIGNED:
         x = F.pad(x, (0, -n % ALIGNED))
     elif x.data_ptr() % 16:
@@ -154,12 +148,11 @@ def _multiply(
         x_stride=x.stride(0),
         kind=KINDS.index(x.dtype),
         bias_kind=0 if bias is None else KINDS.index(bias.dtype),
-        path=way[0],
-        overlap=way[1],
         partials=partials.data_ptr(),
         tickets=counts.data_ptr(),
         partials_bytes=scratch,
         tickets_count=len(counts),
+        **how,
     )
     _library().call("linear", ctypes.byref(task), _library().stream(x))
 

@@ -56,6 +56,13 @@ def test_speedups_are_over_cublas_at_the_same_tokens() -> None:
     assert gpu.speedups(results, 4096, 8192) == {"llmquant": [(1, 3.0)], DENSE: [(1, 1.0)]}
 
 
+def test_our_own_kernels_stand_in_the_order_of_their_times() -> None:
+    times = {"llmquant": 1e-6, "llmquant gemv": 3e-5, DENSE: 1e-6, "llmquant split": 2e-5}
+    results = [result(name, 4, seconds) for name, seconds in times.items()]
+    results += [result("llmquant wgmma", 8, 1e-5), result(DENSE, 8, 1e-5)]
+    assert gpu.fastest(results) == ["  4096x8192      4 tokens  split 20.0 us, gemv 30.0 us"]
+
+
 def test_torch_is_always_a_peer() -> None:
     assert DENSE in makers(torch.float16)
     assert "torch int4pack" in makers(torch.bfloat16)
