@@ -86,11 +86,11 @@ def finish(
     fingerprint: dict[str, Any],
     source: Checkpoint,
     journal: Journal,
-    started: float,
+    since: float,
 ) -> None:
     """Make a whole of the units' shards, and verify it before the journal goes.
 
-    The run's `fingerprint`, and when it `started` by `perf_counter`, go into the log.
+    The run's `fingerprint` goes into the log, and how long it took: its units, and all `since` then, by `perf_counter`.
 
     Every step can be repeated, so that a run killed here finishes the same way.
 
@@ -104,7 +104,7 @@ def finish(
         digests["quantize_config.json"] = write_json(out / "quantize_config.json", config["quantization_config"])
     digests[RECIPE] = durable.write_file(out / RECIPE, [plan.recipe.to_yaml().encode()])
     digests["config.json"] = hashlib.sha256(json_bytes(config)).hexdigest()
-    run = _run_facts(plan, fingerprint, started)
+    run = _run_facts(plan, fingerprint, journal, since)
     durable.write_file(out / LOG, [sealed(_log_lines(plan, source, calibration, run, journal))])
     durable.write_file(out / MANIFEST, [manifest_bytes(digests)])
     write_json(out / "config.json", config)
@@ -132,8 +132,8 @@ def _weights(out: Path, plan: Plan, journal: Journal) -> dict[str, str]:
     return digests | {INDEX: write_json(out / INDEX, index)}
 
 
-def _run_facts(plan: Plan, fingerprint: dict[str, Any], started: float) -> dict[str, Any]:
-    """What the process that finishes a run took, and where."""
+def _run_facts(plan: Plan, fingerprint: dict[str, Any], journal: Journal, since: float) -> dict[str, Any]:
+    """What all processes of a run took, but for what was lost with a unit, and where the last one was."""
     return {
         "fingerprint": digest_of(fingerprint),
         "environment": {
@@ -144,8 +144,8 @@ def _run_facts(plan: Plan, fingerprint: dict[str, Any], started: float) -> dict[
         },
         "run": {
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(perf_counter() - started, 1),
-            "peak_memory": peak(),
+            "seconds": round(sum(record["seconds"] for record in journal.records) + perf_counter() - since, 1),
+            "peak_memory": max(peak(), *(record["peak_memory"] for record in journal.records)),
             "planned_memory": plan.estimate.memory,
             "bytes_in": plan.bytes_in,
         },

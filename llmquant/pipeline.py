@@ -14,7 +14,7 @@ from llmquant.checkpoint.reader import Checkpoint
 from llmquant.finish import already_finished, check_output, clear, finish
 from llmquant.kernels.attention import use_attention
 from llmquant.manifest import MIXTURE, RECIPE
-from llmquant.memory import return_large_blocks
+from llmquant.memory import peak, return_large_blocks
 from llmquant.model.shell import Shell
 from llmquant.observer import Observer, Silent
 from llmquant.plan import Plan, check_original, make_plan
@@ -92,7 +92,7 @@ def quantize(
     Raises:
         LlmquantError: one line that says what is wrong. Nothing in `out` then looks complete.
     """
-    started = perf_counter()
+    since = perf_counter()
     return_large_blocks()
     out = Path(out)
     shell, plan = open_plan(model, recipe, options)
@@ -112,9 +112,11 @@ def quantize(
             if number < len(journal.records):
                 replay(unit, place, journal.records[number])
             else:
-                journal.commit(process(unit, place, observer))
+                record, before = process(unit, place, observer), since
+                since = perf_counter()
+                journal.commit(record | {"seconds": since - before, "peak_memory": peak()})
             observer.finished(unit)
-        finish(out, plan, calibration, fingerprint, shell.source, journal, started)
+        finish(out, plan, calibration, fingerprint, shell.source, journal, since)
     return plan
 
 

@@ -1,5 +1,6 @@
 """The whole way, from a checkpoint to a verified one, on a model small enough to look at everything."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -220,6 +221,24 @@ def test_a_run_that_was_stopped_gives_the_same_bytes(
             quantize(model, tmp_path / "stopped", wanted, observer=StopAfter(units + 1))
     quantize(model, tmp_path / "stopped", wanted)
     assert (tmp_path / "whole" / MANIFEST).read_bytes() == (tmp_path / "stopped" / MANIFEST).read_bytes()
+
+
+def test_a_run_in_parts_took_what_all_of_them_took(
+    tiny_checkpoint: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that moves by a second whenever it is looked at, and begins anew in each process."""
+    monkeypatch.setattr("llmquant.pipeline.peak", itertools.chain([7], itertools.repeat(3)).__next__)
+    monkeypatch.setattr("llmquant.finish.peak", lambda: 4)
+    monkeypatch.setattr("llmquant.pipeline.perf_counter", itertools.count(1000.0).__next__)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_checkpoint, tmp_path / "out", recipe(calibration), observer=StopAfter(1))
+    clock = itertools.count(1.0).__next__
+    for module in ("pipeline", "finish"):
+        monkeypatch.setattr(f"llmquant.{module}.perf_counter", clock)
+    plan = quantize(tiny_checkpoint, tmp_path / "out", recipe(calibration))
+    head = json.loads((tmp_path / "out" / LOG).read_text().splitlines()[0])["run"]
+    assert head["seconds"] == len(plan.units) + 1, "a second for each unit, and one for the end"
+    assert head["peak_memory"] == 7
 
 
 def test_training_is_on_record(tiny_checkpoint: Path, calibration: Path, tmp_path: Path) -> None:
