@@ -16,7 +16,7 @@ import typer
 
 from llmquant.display import console
 from llmquant.errors import ServerError
-from llmquant.options import Device, Precision, PrecisionName, resolve_device
+from llmquant.options import Device, Precision, PrecisionName, parse_size, resolve_device
 
 if TYPE_CHECKING:
     from llmquant.server.app import Service
@@ -47,6 +47,9 @@ def serve(
         int | None, typer.Option(min=2, help="Of prompt and answer. (default: the model's)")
     ] = None,
     max_concurrency: Annotated[int, typer.Option(min=1, help="Requests that are computed at a time.")] = 8,
+    cache_memory: Annotated[
+        str | None, typer.Option(help="For all requests, as in 4GB. (default: 80 % of what the model leaves)")
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are told to come back.")] = 64,
     precision: Precision = PrecisionName.exact,
     device: Device = "auto",
@@ -61,7 +64,10 @@ def serve(
     if more and engine is not EngineName.vllm:
         raise typer.BadParameter(f"{more[0]}: options after -- are vLLM's; they go with --engine vllm")
     name = served_model_name or directory.resolve().name
+    cache = parse_size(cache_memory, "--cache-memory")
     if engine is EngineName.vllm:
+        if cache is not None:
+            raise typer.BadParameter("--cache-memory: vLLM has --kv-cache-memory-bytes for that; give it after --")
         told = {"--host": host, "--port": port, "--served-model-name": name, "--max-num-seqs": max_concurrency}
         told |= {"--max-model-len": max_model_len} if max_model_len else {}
         exec_vllm(directory, [*(str(part) for pair in told.items() for part in pair), *(more or ())], keys)
@@ -73,6 +79,7 @@ def serve(
             directory,
             name,
             room=max_model_len,
+            cache=cache,
             at_once=max_concurrency,
             queue=max_queue,
             precision=precision.value,
@@ -97,13 +104,24 @@ def exec_vllm(directory: Path, options: Sequence[str], keys: Sequence[str]) -> N
 
 
 def make_service(
-    directory: Path, name: str, *, room: int | None, at_once: int, queue: int, precision: str, device: str
+    directory: Path,
+    name: str,
+    *,
+    room: int | None,
+    cache: int | None,
+    at_once: int,
+    queue: int,
+    precision: str,
+    device: str,
 ) -> "Service":
     """Load the checkpoint and start its engine.
 
+    `room` is what a prompt and its answer have together, in tokens; by default what the model is made for, or what
+    `cache` bytes, or else the memory that is left, have room for.
+
     Raises:
         CheckpointError: the directory cannot be loaded, or has no tokenizer.
-        ServerError: its tokenizer cannot be used, or the model is not made for so many tokens.
+        ServerError: its tokenizer cannot be used, or the model is not made for so many tokens, or memory is too small.
     """
     from llmquant.checkpoint.reader import Checkpoint
     from llmquant.model.tokenizer import load_tokenizer
@@ -112,6 +130,7 @@ def make_service(
     from llmquant.server.engine import Engine
     from llmquant.server.metrics import Metrics
     from llmquant.server.prompt import Prompts
+    from llmquant.server.room import room_for
 
     Checkpoint.open(directory)  # what is none is told by its name, not by its tokenizer
     tokenizer = load_tokenizer(directory)
@@ -121,13 +140,19 @@ def make_service(
     most = getattr(model.config, "max_position_embeddings", None)
     if room and most and room > most:
         raise ServerError(f"--max-model-len {room}: the model has {most} positions")
-    room = room or most
-    if not room:
+    wanted: int | None = room or most
+    if not wanted:
         raise ServerError(f"{directory}: config.json does not say how many positions there are; give --max-model-len")
+    caches = room_for(model, cache)
+    if caches < (room or 2):
+        raise ServerError(f"--max-model-len {room or 2}: caches have memory for {caches} tokens; see --cache-memory")
+    if caches < wanted:
+        console.print(f"caches have memory for {caches} tokens, of the {wanted} that the model is made for")
+    room = min(wanted, caches)
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    engine = Engine(model, tokenizer.backend_tokenizer, ends, at_once=at_once, queue=queue)
+    engine = Engine(model, tokenizer.backend_tokenizer, ends, at_once=at_once, queue=queue, room=caches)
     prompts = Prompts(tokenizer, room, model.config.vocab_size)
     return Service(name, engine, prompts, model.generation_config, Metrics(engine))
 

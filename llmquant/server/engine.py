@@ -51,6 +51,11 @@ class Job:
     tell: Callable[[Event], object]
     cancelled: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def tokens(self) -> int:
+        """That its cache may come to hold."""
+        return len(self.ids) + self.most
+
 
 class Full(Exception):
     """As many requests wait as may wait."""
@@ -67,13 +72,15 @@ class Engine:
     Attributes:
         device: where it computes, "cpu" or "cuda".
         active: requests whose turn comes.
-        waiting: requests that will follow.
+        waiting: requests that will follow, in the order in which they came.
+        room: tokens that the caches of all active requests may hold together.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, ends: frozenset[int], *, at_once: int, queue: int
+        self, model: PreTrainedModel, tokenizer: Tokenizer, ends: frozenset[int], *, at_once: int, queue: int, room: int
     ) -> None:
         """`ends` are tokens that end an answer; `at_once` requests are active, `queue` of them wait, at most."""
+        self.room = room
         self._model, self._tokenizer, self._ends = model, tokenizer, ends
         self.device: str = model.device.type
         self.active: list[_Turn] = []
@@ -84,8 +91,15 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="llmquant-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def reserved(self) -> int:
+        """Tokens that active requests may come to hold."""
+        return sum(turn.job.tokens for turn in self.active)
+
     def submit(self, job: Job) -> None:
-        """Raises Full."""
+        """Raises Full; ValueError if it would wait forever, as there is no room for it alone."""
+        if job.tokens > self.room:
+            raise ValueError(f"{job.tokens} tokens, but caches have room for {self.room}")
         with self._changed:
             self.waiting = deque(each for each in self.waiting if not each.cancelled.is_set())
             if len(self.waiting) >= self._queue:
@@ -110,8 +124,12 @@ class Engine:
         with self._changed:
             self._changed.wait_for(lambda: self.active or self.waiting or self._closed)
             while self.waiting and len(self.active) < self._at_once:
-                job = self.waiting.popleft()
-                self.active.append(_Turn(job, self._steps(job)))
+                job = self.waiting[0]
+                if not job.cancelled.is_set():
+                    if self.reserved + job.tokens > self.room:
+                        break  # and nobody overtakes it: it would never have its turn
+                    self.active.append(_Turn(job, self._steps(job)))
+                self.waiting.popleft()
             return not self._closed
 
     def _advance(self, turn: _Turn) -> bool:

@@ -15,6 +15,11 @@ class Metrics:
         for name, told, of in (
             ("num_requests_running", "Requests whose turn comes.", lambda: len(engine.active)),
             ("num_requests_waiting", "Requests that will follow.", lambda: len(engine.waiting)),
+            (
+                "kv_cache_usage_perc",
+                "Of the caches' room, what is reserved; 1 is all.",
+                lambda: engine.reserved / engine.room,
+            ),
         ):
             Gauge(f"llmquant:{name}", told, registry=self._registry).set_function(of)
         self.prompt_tokens = self._counter("prompt_tokens", "Of requests that were admitted.")

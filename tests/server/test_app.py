@@ -26,7 +26,7 @@ ASKED = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 5}
 
 @pytest.fixture(scope="module")
 def service(packed: Path) -> Iterator[Service]:
-    made = make_service(packed, "tiny", room=None, at_once=2, queue=2, precision="exact", device="cpu")
+    made = make_service(packed, "tiny", room=None, cache=None, at_once=2, queue=2, precision="exact", device="cpu")
     yield made
     made.engine.close()
 

@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from llmquant.runtime.loader import load
 from llmquant.server import engine as module
 from llmquant.server.engine import Engine, Full, Job, Progress
+from llmquant.server.room import room_for, token_bytes
 from llmquant.server.sampling import Sampling
 
 POISON = 77  # a token at which the model fails
@@ -44,7 +46,7 @@ class Asked:
 def engine(packed: Path) -> Iterator[Engine]:
     model = load(packed, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(packed)
-    running = Engine(model, tokenizer.backend_tokenizer, frozenset(), at_once=3, queue=5)
+    running = Engine(model, tokenizer.backend_tokenizer, frozenset(), at_once=3, queue=5, room=10**11)
     yield running
     running.close()
 
@@ -139,9 +141,69 @@ def test_an_end_token_ends_without_text(packed: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packed)
     with torch.inference_mode():
         end = int(model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
-    running = Engine(model, tokenizer.backend_tokenizer, frozenset({end}), at_once=1, queue=1)
+    running = Engine(model, tokenizer.backend_tokenizer, frozenset({end}), at_once=1, queue=1, room=100)
     asked = Asked([5, 6, 7])
     running.submit(asked.job)
     assert asked.result() == ("", 1, "stop")
     running.close()
     assert not any(thread.name == "llmquant-engine" and thread is running._thread for thread in threading.enumerate())
+
+
+def test_requests_wait_until_their_caches_have_room(packed: Path) -> None:
+    model = load(packed, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    running = Engine(model, tokenizer.backend_tokenizer, frozenset(), at_once=3, queue=5, room=30)
+    asked = [Asked([5, 6, 7], most=17), Asked([5, 6, 7], most=17), Asked([8], most=4), Asked([9, 10], most=28)]
+    order: list[int] = []
+    seen: list[tuple[int, int]] = []  # reserved, active
+
+    def told(number: int, event: Progress | Exception) -> None:
+        order.append(number)
+        seen.append((running.reserved, len(running.active)))
+        asked[number].told.put(event)
+
+    for number, each in enumerate(asked):
+        each.job.tell = partial(told, number)
+    gate = threading.Event()
+    hook = model.register_forward_pre_hook(lambda *_: gate.wait(30) and None)  # until all of them are there
+    for each in asked:
+        running.submit(each.job)
+    gate.set()
+    results = [each.result() for each in asked]
+    hook.remove()
+    assert results[0] == results[1]
+    assert [tokens for _, tokens, _ in results] == [17, 17, 4, 28]
+    last = {number: len(order) - order[::-1].index(number) for number in range(4)}
+    first = {number: order.index(number) for number in range(4)}
+    assert first[1] >= last[0], "there is no room for both"
+    assert first[2] < last[1], "for these there is"
+    assert first[2] > first[1] - 1, "who came first is first"
+    assert first[3] >= max(last[1], last[2]), "it needs all of it"
+    assert max(reserved for reserved, _ in seen) == 30
+    with pytest.raises(ValueError, match="31 tokens, but caches have room for 30"):
+        running.submit(Asked([1], most=30).job)
+    running.close()
+
+
+def test_who_hangs_up_while_waiting_for_room_holds_up_nobody(packed: Path) -> None:
+    model = load(packed, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    running = Engine(model, tokenizer.backend_tokenizer, frozenset(), at_once=3, queue=5, room=10**9 + 20)
+    endless, large, small = Asked([5], most=10**9), Asked([5], most=10**9), Asked([6], most=3)
+    for each in (endless, large):
+        running.submit(each.job)
+    endless.told.get(timeout=60)
+    running.submit(small.job)
+    large.job.cancelled.set()
+    assert isinstance(small.result(), tuple)
+    endless.job.cancelled.set()
+    running.close()
+
+
+def test_what_a_token_takes_is_measured(packed: Path) -> None:
+    model = load(packed, torch.bfloat16)
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert token_bytes(model) == config.num_hidden_layers * 2 * config.num_key_value_heads * width * 2
+    assert room_for(model, 100 * token_bytes(model) + 1) == 100
+    assert room_for(model, None) > 1000
