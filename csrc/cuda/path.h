@@ -17,7 +17,7 @@ struct Limit {
 // The first line that fits; where none does, the weights are dequantized.
 constexpr Limit LIMITS[] = {
     {90, 90, MOST_GEMV_TOKENS, int64_t{1} << 27, LLMQUANT_CUDA_GEMV},
-    {90, 90, 4096, ANY, LLMQUANT_CUDA_WGMMA},
+    {90, 90, 2048, ANY, LLMQUANT_CUDA_WGMMA},
     {80, 999, MOST_GEMV_TOKENS, ANY, LLMQUANT_CUDA_GEMV},
     {91, 999, 512, ANY, LLMQUANT_CUDA_GEMM},
     {80, 89, 256, ANY, LLMQUANT_CUDA_GEMM},

@@ -96,7 +96,7 @@ def test_slabs_are_inside_of_the_weight(emulator: Emulator, packed: Packed) -> N
     ("capability", "paths"),
     [
         (100, {1: GEMV, 8: GEMV, 9: GEMM, 512: GEMM, 513: DEQUANTIZE}),
-        (90, {1: GEMV, 8: GEMV, 9: WGMMA, 4096: WGMMA, 4097: DEQUANTIZE}),
+        (90, {1: GEMV, 8: GEMV, 9: WGMMA, 2048: WGMMA, 2049: DEQUANTIZE}),
         (89, {8: GEMV, 9: GEMM, 256: GEMM, 257: DEQUANTIZE}),
         (80, {8: GEMV, 9: GEMM, 256: GEMM, 257: DEQUANTIZE}),
         (75, {1: OLD}),
