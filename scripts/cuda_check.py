@@ -160,7 +160,7 @@ def readable(names: list[str]) -> list[str]:
     if shutil.which("c++filt") is None:
         return names
     lines = subprocess.run(["c++filt", *names], check=True, capture_output=True, text=True).stdout.splitlines()
-    lines = [re.sub(r"void |llmquant::cuda::|\(anonymous namespace\)::", "", line) for line in lines]
+    lines = [re.sub(r"void |llmquant::cuda::|warpgroups::|\(anonymous namespace\)::", "", line) for line in lines]
     return [re.sub(r"\(\w+\)(?=\d)", "", line).split("(")[0] for line in lines]  # what follows is an enumerator
 
 

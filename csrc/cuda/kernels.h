@@ -29,7 +29,7 @@ inline Weight weight_of(const LlmquantCudaWeight& weight) {
             static_cast<const uint32_t*>(weight.zeros), layout_of(weight.rows, weight.columns, weight.group)};
 }
 
-// A product as gemv.cu, gemm.cu and wgmma.cu see it.
+// A product as gemv.cu, gemm.cu and wgmma.h see it.
 struct Product {
     Weight weight;
     const uint16_t* x;

@@ -1,4 +1,4 @@
-// The parts that wgmma.cu is put together from: what stands in shared memory, which words of the codes are a warp's
+// The parts that wgmma.h is put together from: what stands in shared memory, which words of the codes are a warp's
 // own, and how codes become what the tensor cores multiply.
 //
 // Where tokens are few, making numbers is most of the work, so as little is made of them as can be: codes above a

@@ -1,0 +1,451 @@
+// Products on Hopper (sm_90a): weights go through registers to the tensor cores of a warpgroup, and activations there
+// from shared memory, where the copy engine puts both.
+//
+// A block computes a tile of 256 rows and 8 to 128 tokens, or of 128 rows and 256 tokens, one chunk of 128 columns
+// after the other. Four warps do nothing but ask for chunks, as many ahead as shared memory holds. The other eight are
+// two warpgroups. An instruction multiplies 64 rows, 16 of each warp, and which 16 is free to choose: here those of a
+// word of the codes, which is matrix A as it lies in memory. Warp w of each has tile w of 64 rows; the first warpgroup
+// has words 0 and 1 of every lane, the second 2 and 3. (With 128 rows, warp w has tile w % 2 and word w / 2 of these
+// two.)
+//
+// While the tensor cores multiply one step, a warp makes numbers of the codes of the next, in one of the two ways of
+// warpgroups.h.
+//
+// Blocks may be a team, which is a cluster. Of a pair the tiles are below one another: each asks for half of the
+// activations, for both, so these are read half as often from L2, which for many tokens is most of what is read from
+// there. In a split each has some of the columns of one tile; in the end they send each other their sums, and each
+// writes a part of the tile.
+//
+// The three ways to work together, wgmma.cu, pairs.cu and split.cu, are compiled at the same time.
+#pragma once
+
+#include <type_traits>
+
+#include "finish.h"
+#include "path.h"
+#include "warpgroups.h"
+
+namespace llmquant::cuda::warpgroups {
+
+constexpr int RESTART = 4;  // what a second tile costs a block, in chunks
+constexpr int LEAST = 2;    // chunks of a block of a split
+
+struct Task {
+    Product product;
+    BoxMap x;
+    int token_tiles;
+};
+
+enum class Team { NONE, PAIR, SPLIT };
+
+// A block, or a pair of them, as the schedule counts, and which of the pair this one is.
+template <Team TEAM>
+__device__ __forceinline__ int worker() {
+    return TEAM == Team::PAIR ? cluster_index() : block_index();
+}
+template <Team TEAM>
+__device__ __forceinline__ int side() {
+    return TEAM == Team::PAIR ? rank_in_cluster() : 0;
+}
+template <Team TEAM>
+constexpr int SIDES = TEAM == Team::PAIR ? 2 : 1;
+
+// What this block does, after so many of its units: what the schedule says, or its part of the split's tile.
+template <Team TEAM>
+__device__ __forceinline__ Segment own_segment(const Schedule& schedule, int done) {
+    if constexpr (TEAM == Team::SPLIT) {
+        const Segment part = part_of(schedule, cluster_index(), rank_in_cluster(), blocks_of_cluster());
+        return {part.tile, part.begin + done, part.end};
+    }
+    return segment_at(schedule, worker<TEAM>(), done);
+}
+template <Team TEAM>
+__device__ __forceinline__ int own_units(const Schedule& schedule) {
+    if constexpr (TEAM == Team::SPLIT) {
+        const Segment part = own_segment<TEAM>(schedule, 0);
+        return part.end - part.begin;
+    }
+    return units_of(schedule, worker<TEAM>());
+}
+
+// ---- the warps that ask
+
+// Each asks for one tile of the weight, and two of them for half of the activations each: one warp would need longer to
+// ask for a chunk than it takes to come.
+template <int TOKENS, bool ZEROS, Team TEAM>
+struct Source {
+    const Task& task;
+    Shared<TOKENS>& shared;
+    int warp, lane;
+
+    // What belongs to this warp's tile of the weight, and how many bytes are to come for this warp.
+    __device__ __forceinline__ void ask_for_weight(int stage, int row_tile, int chunk) const {
+        const Weight& weight = task.product.weight;
+        const Layout& layout = weight.layout;
+        const int tile = row_tile * TILES<TOKENS> + warp, groups = max(1, STEPS >> layout.shift);
+        constexpr int CODES = STEPS * LANES * int{sizeof(Words)};
+        const int scales = groups * TILE * 2, zeros = ZEROS ? groups * TILE / 2 : 0;
+        const bool there = warp < TILES<TOKENS> && tile < layout.tiles;
+        Stage<TOKENS>& to = shared.stages[stage];
+        Barrier* full = &shared.full[stage];
+        expect_bytes(full, (warp < BOXES ? int{sizeof(to.x[0])} : 0) + (there ? CODES + scales + zeros : 0));
+        if (!there) return;
+        const uint64_t policy = task.token_tiles == 1 ? evict_first() : evict_normal();
+        const int64_t grid = grid_at(layout.groups, tile, chunk * STEPS >> layout.shift) / 8;
+        copy_bulk(to.codes[warp], weight.codes + words_at(layout.steps, tile, chunk * STEPS, 0), CODES, full, policy);
+        copy_bulk(to.scales[warp], weight.scales + grid, scales, full, policy);
+        if (ZEROS) copy_bulk(to.zeros[warp], weight.zeros + grid, zeros, full, policy);
+    }
+
+    __device__ __forceinline__ void ask_for_x(int stage, int token_tile, int chunk) const {
+        if constexpr (TEAM == Team::PAIR) {
+            const int first = rank_in_cluster() * (TOKENS / 2);
+            if (warp < BOXES)
+                copy_box_to_both(shared.stages[stage].x[warp] + first * BOX / GRANULE, task.x,
+                                 chunk * COLUMNS + warp * BOX, token_tile * TOKENS + first, &shared.full[stage]);
+        } else if (warp < BOXES) {
+            copy_box(shared.stages[stage].x[warp], task.x, chunk * COLUMNS + warp * BOX, token_tile * TOKENS,
+                     &shared.full[stage]);
+        }
+    }
+
+    // Every chunk of this block, in order.
+    __device__ void run() const {
+        const Schedule& schedule = task.product.schedule;
+        const int units = own_units<TEAM>(schedule), ahead = min(STAGES<TOKENS>, units);
+#pragma unroll 1
+        for (int unit = 0; unit < ahead; ++unit) {
+            const Segment segment = own_segment<TEAM>(schedule, unit);
+            if (lane == 0)
+                ask_for_weight(unit, segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>(), segment.begin);
+        }
+        prefetch_map(task.x);
+        if (TEAM == Team::PAIR) await_cluster();
+        if (task.product.overlap) await_previous();  // x may come from it; the weight does not
+        Place<TOKENS> place;
+#pragma unroll 1
+        for (int done = 0; done < units;) {
+            const Segment segment = own_segment<TEAM>(schedule, done);
+            const int row_tile = segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>();
+            const int token_tile = segment.tile % task.token_tiles;
+#pragma unroll 1
+            for (int chunk = segment.begin; chunk < segment.end; ++chunk, ++done) {
+                if (done >= ahead) {
+                    await_phase(&shared.empty[place.stage], place.parity ^ 1);
+                    if (lane == 0) ask_for_weight(place.stage, row_tile, chunk);
+                }
+                if (lane == 0) ask_for_x(place.stage, token_tile, chunk);
+                place.advance();
+            }
+        }
+    }
+};
+
+// ---- the warps that multiply
+
+template <class T, int TOKENS, Team TEAM, class Multiplier>
+__device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int shift, int chunks,
+                                         Place<TOKENS>& place, Sums<TOKENS>& sums) {
+    const auto release = [&](int stage) {
+        if (part.lane != 0) return;
+        arrive(&shared.empty[stage]);
+        if (TEAM == Team::PAIR) arrive_at(&shared.empty[stage], side<TEAM>() ^ 1);
+    };
+    Multiplier multiplier;
+    int before = 0;  // the stage
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const Stage<TOKENS>& stage = shared.stages[place.stage];
+        await_phase(&shared.full[place.stage], place.parity);
+        const uint64_t x = matrix_of(stage.x);
+        Numbers<TOKENS> a[DEPTH];
+        auto codes = codes_of(stage, part, 0);
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            multiplier.begin_step(stage, part, shift, step);
+            const auto next = step + 1 < STEPS ? codes_of(stage, part, step + 1) : codes;
+#pragma unroll
+            for (int j = 0; j < OWN<TOKENS>; ++j) multiplier.to_numbers(codes.word[j], j, a[step % DEPTH][j]);
+            codes = next;
+            begin_group();
+            multiplier.multiply(a[step % DEPTH], x_of<TOKENS>(x, step), step, sums);
+            commit_group();
+            multiplier.end_step(stage, part, step, sums);
+            if (!Multiplier::DRAINS && step == DEPTH - 2 && chunk > 0) release(before);
+        }
+        if (Multiplier::DRAINS) {
+            sync_warp();  // all lanes have read its scales
+            release(place.stage);
+        }
+        before = place.stage;
+        place.advance();
+    }
+    if (!Multiplier::DRAINS) {
+        await_groups<0>();
+        release(before);
+    }
+}
+
+// Sums of a thread, four together: of two rows and two tokens.
+template <int TOKENS>
+constexpr int FOURS = OWN<TOKENS> * TOKENS / 8;
+
+// Leaves this block's sums in the workspace; the last block of the tile finds in `sums` those of all, and true.
+template <int TOKENS, Team TEAM>
+__device__ __forceinline__ bool add_blocks(const Product& product, const Segment& segment, Shared<TOKENS>& shared,
+                                           Sums<TOKENS>& sums) {
+    const Schedule& schedule = product.schedule;
+    const auto slot = [&](int block, bool begins_tile) {
+        const int place = slot_of(block, begins_tile) * SIDES<TEAM> + side<TEAM>();
+        return product.partials + (int64_t{place} * FOURS<TOKENS> * CONSUMERS + thread_index());
+    };
+    Floats* own = slot(worker<TEAM>(), segment.begin == 0);
+#pragma unroll
+    for (int i = 0; i < FOURS<TOKENS>; ++i) {
+        const float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
+        own[i * CONSUMERS] = {{four[0], four[1], four[2], four[3]}};
+    }
+    const auto sync = [] { sync_threads<CONSUMERS>(); };
+    if (!is_last(product, segment.tile, segment.tile * SIDES<TEAM> + side<TEAM>(), &shared.word, sync)) return false;
+    const int first = first_block(schedule, segment.tile), last = last_block(schedule, segment.tile);
+#pragma unroll
+    for (int i = 0; i < OWN<TOKENS> * TOKENS / 2; ++i) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0;
+    [[maybe_unused]] constexpr int BLOCKS_AT_ONCE = FOURS<TOKENS> <= 4 ? 4 : 1;  // so that many loads are on their way
+#pragma unroll BLOCKS_AT_ONCE
+    for (int block = first; block <= last; ++block) {
+        const Floats* other = slot(block, block == first);
+#pragma unroll
+        for (int i = 0; i < FOURS<TOKENS>; ++i) {
+            const Floats more = load_fresh(other + i * CONSUMERS);
+            float* four = &sums[i / (TOKENS / 8)][i % (TOKENS / 8) * 4];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) four[r] += more.value[r];
+        }
+    }
+    return true;
+}
+
+// Two sums of a lane are of one row and two tokens; transposed, of one token and two rows, from `row` on.
+template <class T>
+__device__ __forceinline__ void write_two(const Product& product, int rows, int row, int token, float bias,
+                                          const float* two) {
+    const uint32_t pair = transpose_matrix(to_pair<T>(two[0] + bias, two[1] + bias));
+    if (token >= product.tokens) return;
+    uint16_t* y = product.y + int64_t{token} * rows + row;
+    if (row + 1 < rows && rows % 2 == 0) {
+        *reinterpret_cast<uint32_t*>(y) = pair;
+    } else {
+        if (row < rows) y[0] = static_cast<uint16_t>(pair);
+        if (row + 1 < rows) y[1] = static_cast<uint16_t>(pair >> 16);
+    }
+}
+
+// `COUNT` eights of tokens, from the first token on: of each this thread has two sums of row b, which is one of two.
+template <class T, int COUNT, int TOKENS, class Two>
+__device__ __forceinline__ void write_eights(const Product& product, const Part<TOKENS>& part, int first_row, int j,
+                                             int first_token, Two two) {
+    const int rows = product.weight.layout.rows;
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+        const int of_sums = first_row + part.row(j, 2 * b);
+        const float bias = of_sums < rows ? bias_at(product, of_sums) : 0;
+        const int row = of_sums - part.lane / 4 + part.lane % 4 * 2;  // after they are transposed
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            write_two<T>(product, rows, row, first_token + 8 * i + part.lane / 4, bias, two(i, b));
+    }
+}
+
+template <class T, int TOKENS>
+__device__ __forceinline__ void write(const Product& product, int row_tile, int token_tile, const Sums<TOKENS>& sums) {
+    const Part<TOKENS> part;
+#pragma unroll
+    for (int j = 0; j < OWN<TOKENS>; ++j)
+        write_eights<T, TOKENS / 8>(product, part, row_tile * TILES<TOKENS> * TILE, j, token_tile * TOKENS,
+                                    [&](int i, int b) { return &sums[j][4 * i + 2 * b]; });
+}
+
+// Until all threads of the cluster are here.
+__device__ __forceinline__ void meet_cluster() {
+    sync_warp();
+    arrive_in_cluster();
+    await_cluster();
+}
+
+// The end of a split. Fours of a tile stand in a row, [fours of a thread][threads]; each block answers for an equal
+// part of them, and is sent what the others have summed of it to where its stages were.
+template <class T, int TOKENS, class Multiplier>
+__device__ __forceinline__ void finish_split(const Task& task, Shared<TOKENS>& shared, const Sums<TOKENS>& sums) {
+    constexpr int COUNT = FOURS<TOKENS> * CONSUMERS, EIGHTS = TOKENS / 8;
+    static_assert(COUNT * sizeof(Floats) <= sizeof(shared.stages), "there is room");
+    Floats* sent = reinterpret_cast<Floats*>(&shared.stages);                                           // [blocks][own]
+    const int blocks = blocks_of_cluster(), rank = rank_in_cluster(), own = COUNT >> shift_of(blocks);  // whole warps
+    meet_cluster();  // nobody needs the stages any more
+#pragma unroll
+    for (int i = 0; i < FOURS<TOKENS>; ++i) {
+        const float* four = &sums[i / EIGHTS][i % EIGHTS * 4];
+        const int at = i * CONSUMERS + thread_index(), to = at * blocks / COUNT;
+        send(sent + rank * own + at - to * own, to, Floats{{four[0], four[1], four[2], four[3]}}, &shared.sent);
+    }
+    await_sent(&shared.sent);
+    const int row_tile = cluster_index() / task.token_tiles, token_tile = cluster_index() % task.token_tiles;
+#pragma unroll 1
+    for (int i = thread_index(); i < own; i += CONSUMERS) {
+        Floats sum = {};
+#pragma unroll 1
+        for (int block = 0; block < blocks; ++block)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) sum.value[r] += sent[block * own + i].value[r];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sum.value[r] *= Multiplier::WORTH;
+        const int at = rank * own + i, four = at / CONSUMERS;
+        const Part<TOKENS> part = {at % CONSUMERS};  // who has summed it
+        write_eights<T, 1>(task.product, part, row_tile * TILES<TOKENS> * TILE, four / EIGHTS,
+                           token_tile * TOKENS + four % EIGHTS * 8, [&](int, int b) { return &sum.value[2 * b]; });
+    }
+}
+
+template <class T, int TOKENS, Team TEAM, class Multiplier>
+__device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared) {
+    const Product& product = task.product;
+    Place<TOKENS> place;
+    if constexpr (TEAM == Team::SPLIT) {
+        Sums<TOKENS> sums = {};
+        multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
+                                              own_units<TEAM>(product.schedule), place, sums);
+        finish_split<T, TOKENS, Multiplier>(task, shared, sums);
+    } else {
+        for (int done = 0; done < own_units<TEAM>(product.schedule);) {
+            const Segment segment = own_segment<TEAM>(product.schedule, done);
+            Sums<TOKENS> sums = {};
+            multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
+                                                  segment.end - segment.begin, place, sums);
+            if constexpr (Multiplier::WORTH != 1)
+#pragma unroll
+                for (int j = 0; j < OWN<TOKENS>; ++j)
+#pragma unroll
+                    for (int i = 0; i < TOKENS / 2; ++i) sums[j][i] *= Multiplier::WORTH;
+            if (is_whole(product.schedule, segment) || add_blocks<TOKENS, TEAM>(product, segment, shared, sums))
+                write<T, TOKENS>(product, segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>(),
+                                 segment.tile % task.token_tiles, sums);
+            done += segment.end - segment.begin;
+        }
+    }
+}
+
+// Of each thread that multiplies, and of those that ask.
+template <int TOKENS>
+constexpr int MANY = BLOCKS<TOKENS> == 1 ? 232 : 104;
+template <int TOKENS>
+constexpr int FEW = BLOCKS<TOKENS> == 1 ? 40 : 24;
+
+// GROUP_STEPS: so many steps of a chunk share scales, or more.
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
+__global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
+#ifdef LLMQUANT_WGMMA
+    constexpr bool RAW = TOKENS <= 16 && GROUP_STEPS >= 4 && TEAM != Team::SPLIT;
+    using Multiplier =
+        std::conditional_t<RAW, Raw<T, ZEROS, TOKENS, GROUP_STEPS>, Scaled<T, ZEROS, TOKENS, GROUP_STEPS>>;
+    let_next_begin();
+    Shared<TOKENS>& shared = *reinterpret_cast<Shared<TOKENS>*>(shared_memory());
+    if (thread_index() == 0) {
+        for (int i = 0; i < STAGES<TOKENS>; ++i) {
+            begin_barrier(&shared.full[i], 4);
+            begin_barrier(&shared.empty[i], CONSUMERS / LANES * SIDES<TEAM>);
+        }
+        if (TEAM == Team::SPLIT) begin_barrier(&shared.sent, 1);
+        fence_barriers();
+        if (TEAM == Team::SPLIT) expect_bytes(&shared.sent, FOURS<TOKENS> * CONSUMERS * int{sizeof(Floats)});
+    }
+    sync_block();
+    if (TEAM == Team::PAIR) arrive_in_cluster();  // my barriers are there
+    if (thread_index() < CONSUMERS) {
+        take_registers<MANY<TOKENS>>();
+        if (TEAM == Team::PAIR) await_cluster();
+        consume<T, TOKENS, TEAM, Multiplier>(task, shared);
+    } else {
+        leave_registers<FEW<TOKENS>>();
+        Source<TOKENS, ZEROS, TEAM>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
+        if (TEAM == Team::SPLIT) meet_cluster();
+    }
+    if (TEAM == Team::PAIR) meet_cluster();  // the other one may still copy to here, and arrive here
+#else
+    trap();  // compiled for another device than the only one that this runs on
+#endif
+}
+
+template <class T, bool ZEROS, int TOKENS, Team TEAM>
+auto kernel_of(int shift) -> void (*)(Task) {
+    if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM>;
+    if constexpr (TOKENS == 8 && TEAM != Team::SPLIT)  // for 16 and such short groups there are too few registers
+        if (shift == 2) return multiply_groups<T, ZEROS, TOKENS, 4, TEAM>;
+    return multiply_groups<T, ZEROS, TOKENS, 2, TEAM>;
+}
+
+template <int COUNT_>
+struct Tokens {
+    static constexpr int COUNT = COUNT_;
+};
+
+// `with` gets the smallest number of tokens of a tile that so many fit into, or the largest.
+template <class With>
+auto choose_tokens(int64_t tokens, With with) {
+    if (tokens <= 8) return with(Tokens<8>());
+    if (tokens <= 16) return with(Tokens<16>());
+    if (tokens <= 32) return with(Tokens<32>());
+    if (tokens <= 64) return with(Tokens<64>());
+    if (tokens <= 1024 && rounded_up(tokens, 256) != rounded_up(tokens, 128)) return with(Tokens<128>());
+    return with(Tokens<256>());
+}
+
+inline int64_t tiles_of_tokens(int64_t tokens) {
+    return choose_tokens(tokens, [&](auto tile) { return rounded_up(tokens, tile.COUNT) / tile.COUNT; });
+}
+
+template <Team TEAM>
+Schedule schedule(const Layout& layout, int64_t tokens, const Device& device) {
+    return choose_tokens(tokens, [&](auto tile) {
+        constexpr int TOKENS = decltype(tile)::COUNT, ROW_TILES = TILES<TOKENS> * SIDES<TEAM>;
+        const int64_t tiles = rounded_up(layout.tiles, ROW_TILES) / ROW_TILES * tiles_of_tokens(tokens);
+        const int64_t chunks = layout.steps / STEPS;
+        const int64_t workers = max(int64_t{1}, int64_t{BLOCKS<TOKENS>} * device.processors / SIDES<TEAM>);
+        return TEAM == Team::SPLIT ? cluster_schedule_of(tiles, chunks, workers, LEAST)
+                                   : schedule_of(tiles, chunks, workers, RESTART);
+    });
+}
+
+inline int64_t tile_bytes(int64_t tokens) {
+    return choose_tokens(tokens, [](auto tile) {
+        constexpr int TOKENS = decltype(tile)::COUNT;
+        return int64_t{TILES<TOKENS> * TILE} * TOKENS * int64_t{sizeof(float)};
+    });
+}
+
+template <Team TEAM>
+int64_t start(const Product& product, int64_t kind, void* stream) {
+    return choose_tokens(product.tokens, [&](auto tile) -> int64_t {
+        constexpr int TOKENS = decltype(tile)::COUNT;
+        if constexpr (TEAM == Team::PAIR && TOKENS <= MOST_SINGLE_TOKENS) {
+            return LLMQUANT_CUDA_BAD_PATH;
+        } else {
+            const bool fp16 = kind == LLMQUANT_CUDA_FP16;
+            const int shift = product.weight.layout.shift;
+            void (*const kernel)(Task) = product.weight.zeros ? fp16 ? kernel_of<Fp16, true, TOKENS, TEAM>(shift)
+                                                                     : kernel_of<Bf16, true, TOKENS, TEAM>(shift)
+                                         : fp16               ? kernel_of<Fp16, false, TOKENS, TEAM>(shift)
+                                                              : kernel_of<Bf16, false, TOKENS, TEAM>(shift);
+            Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens))};
+            const Boxes boxes = {
+                product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, TOKENS / SIDES<TEAM>,
+                fp16};
+            if (const int64_t error = map_boxes(boxes, &task.x)) return error;
+            const int cluster = TEAM == Team::SPLIT ? cluster_of(product.schedule) : SIDES<TEAM>;
+            return launch(kernel,
+                          {int64_t{product.schedule.blocks} * SIDES<TEAM>, THREADS, sizeof(Shared<TOKENS>),
+                           product.overlap != 0, stream, cluster},
+                          task);
+        }
+    });
+}
+
+}  // namespace llmquant::cuda::warpgroups
