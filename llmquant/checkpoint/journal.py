@@ -23,7 +23,7 @@ from llmquant.checkpoint.strict_json import parse_object
 from llmquant.errors import CheckpointError, NumericsError, OutputError
 
 WORK = ".llmquant"
-VERSION = 1  # of the journal's own form
+VERSION = 2  # of the journal's own form, and of its records'
 
 
 class Journal:

@@ -164,7 +164,7 @@ def test_journal_without_its_first_line_is_refused(data: bytes, written: Path, o
 
 def test_journal_from_the_future_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as later:
-        later.setattr("llmquant.checkpoint.journal.VERSION", 2)
+        later.setattr("llmquant.checkpoint.journal.VERSION", 99)
         resumed(out)
     with pytest.raises(OutputError, match="was written by another version of llmquant"):
         resumed(out)
