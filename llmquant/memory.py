@@ -1,8 +1,11 @@
-"""The C heap, told to give memory back."""
+"""Memory: what is left of it, what was taken at most, and the C heap, told to give it back."""
 
 import ctypes
 import resource
 import sys
+
+import psutil
+import torch
 
 _M_MMAP_THRESHOLD = -3  # mallopt(3), glibc
 _THRESHOLD = 4 * 2**20
@@ -12,6 +15,11 @@ def peak() -> int:
     """The most resident memory that this process has had, in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def available(device: torch.device) -> int:
+    """Bytes that are left on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def return_large_blocks() -> None:

@@ -11,6 +11,7 @@ from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError, RecipeError
 from llmquant.evaluate.perplexity import PIECE, Predictor, Whole
 from llmquant.evaluate.protocol import Cut
+from llmquant.memory import available
 from llmquant.model.layout import decoder_layers
 from llmquant.model.tokenizer import load_tokenizer
 from llmquant.runtime.layered import Layered
@@ -63,9 +64,8 @@ def open_models(
 
 def _memory(device: torch.device) -> tuple[int, int]:
     """Bytes that are left on a device, and that this process has taken there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available, psutil.Process().memory_info().rss
+    cuda = device.type == "cuda"
+    return available(device), torch.cuda.memory_reserved(device) if cuda else psutil.Process().memory_info().rss
 
 
 def _layers(filling: Filling) -> list[str]:

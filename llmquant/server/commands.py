@@ -145,7 +145,8 @@ def make_service(
         raise ServerError(f"{directory}: config.json does not say how many positions there are; give --max-model-len")
     caches = room_for(model, cache)
     if caches < (room or 2):
-        raise ServerError(f"--max-model-len {room or 2}: caches have memory for {caches} tokens; see --cache-memory")
+        told = "raise --cache-memory, or lower --max-model-len"
+        raise ServerError(f"{directory}: caches have memory for {caches} tokens, not for {room or 2}; {told}")
     if caches < wanted:
         console.print(f"caches have memory for {caches} tokens, of the {wanted} that the model is made for")
     room = min(wanted, caches)

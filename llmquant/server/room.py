@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from llmquant.memory import available
 from llmquant.runtime.decode import CACHE
 
 SHARE = 0.8  # of what is free; activations of a prompt's part, and buffers while they grow, need some
@@ -13,7 +13,7 @@ SHARE = 0.8  # of what is free; activations of a prompt's part, and buffers whil
 
 def room_for(model: PreTrainedModel, limit: int | None) -> int:
     """Tokens, for at most so many bytes; None: for SHARE of what is free where the model is."""
-    return int(SHARE * _free(model.device) if limit is None else limit) // token_bytes(model)
+    return int(SHARE * available(model.device) if limit is None else limit) // token_bytes(model)
 
 
 def token_bytes(model: PreTrainedModel) -> int:
@@ -23,7 +23,3 @@ def token_bytes(model: PreTrainedModel) -> int:
         told: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1, CACHE: cache}
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), **told)
     return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
-
-
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
