@@ -86,6 +86,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
+    if args.device == "cpu" and (args.paths or args.tune or args.backends != ("",)):
+        parser.error("--paths, --tune and --backends go with --device cuda")
     if not args.json.parent.is_dir():
         parser.error(f"{args.json}: there is no directory {args.json.parent}")
     given, counted = (gpu.SHAPES, gpu.TOKENS) if args.device == "cuda" else (SHAPES, TOKENS)
