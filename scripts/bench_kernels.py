@@ -116,12 +116,15 @@ def on_gpu(args: argparse.Namespace, shapes: Sequence[tuple[int, int]], tokens: 
     for n, m in shapes:
         if args.tune:
             gpu.tune_triton(n, m, scheme, tokens, dtype)
-        here = list(gpu.measure(n, m, scheme, tokens, contestants, dtype))
-        found += (one for one in here if isinstance(one, gpu.Result))
-        refused += (one for one in here if isinstance(one, gpu.Refusal))
-        print("\n".join(gpu.table([one for one in here if isinstance(one, gpu.Result)], limits)), flush=True)
-        rows = {"results": [one._asdict() for one in found], "refused": [one._asdict() for one in refused]}
-        args.json.write_text(json.dumps(facts | rows, indent=1) + "\n")
+        before = len(found)
+        for one in gpu.measure(n, m, scheme, tokens, contestants, dtype):
+            if isinstance(one, gpu.Result):
+                found.append(one)
+            else:
+                refused.append(one)
+            rows = {"results": [one._asdict() for one in found], "refused": [one._asdict() for one in refused]}
+            args.json.write_text(json.dumps(facts | rows, indent=1) + "\n")  # at once: a GPU's time may be over
+        print("\n".join(gpu.table(found[before:], limits)), flush=True)
     print("\n".join(gpu.fastest(found)))
     for one in refused:
         print(f"{one.n}x{one.m}, {one.tokens} tokens: {one.backend} was not measured: {one.reason}")

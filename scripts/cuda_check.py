@@ -35,6 +35,7 @@ INSTRUCTIONS = {
 }
 WAIT = "ACQBULK"  # griddepcontrol.wait; ptxas may move loads across it
 PRODUCT, FENCE = r"\bHG?MMA\.", r"MEMBAR\.\w+\.GPU"
+GROUP_PRODUCT, ALL_DONE = r"\bHGMMA\.", r"DEPBAR\.LE gsb0, 0x0"
 # Which of them a kernel cannot do without.
 NEEDED = {"stream": ("HMMA", "LDSM", "LDGSTS", "LDG.128"), "multiply_tiles": ("HMMA", "LDSM", "LDGSTS", "LDG.128")}
 # On sm_90a; for others they are empty.
@@ -56,6 +57,8 @@ class Kernel(NamedTuple):
     ahead: bool  # weights are asked for before the kernel waits for the one before it, if it does
     warned: bool  # wgmma instructions wait for each other
     fenced: bool  # memory of the whole device is waited for between products of tensor cores
+    early: bool  # sums are used before the wgmma that computes them is awaited
+    moved: bool  # addresses of matrices are brought to where wgmma takes them from, again and again
 
     def problems(self, name: str) -> list[str]:
         found = [f"{self.stack} bytes of stack"] if self.stack else []
@@ -64,6 +67,8 @@ class Kernel(NamedTuple):
         found += [] if self.ahead else ["no load before it waits"]
         found += ["wgmma is serialized"] if self.warned else []
         found += ["a fence of the device in its loop"] if self.fenced else []
+        found += ["sums are used before they are there"] if self.early else []
+        found += ["addresses that are not known to be uniform"] if self.moved else []
         needed = (NEEDED | (HOPPER if self.architecture == "90a" else {})).get(re.split(r"[<(]", name)[0], ())
         return found + [f"no {kind}" for kind in needed if not self.instructions[kind]]
 
@@ -119,12 +124,27 @@ def compile_kernels(nvcc: str, disassembler: str, source: Path, architecture: st
         ahead = bool(re.search(r"LDG\S*\.128|LDGSTS|UBLKCP", before)) or WAIT not in listing
         warned = bool(re.search(rf"\(C75\d\d\).*'{name}'", said))
         facts = architecture, name, registers, stack, stores + loads, counts, ahead, warned
-        yield Kernel(*facts, has_fence_between_products(listing))
+        yield Kernel(*facts, has_fence_between_products(listing), uses_sums_early(listing), moves_addresses(listing))
 
 
 def has_fence_between_products(listing: str) -> bool:
     """Whether a kernel waits for memory of the whole device where it multiplies, which is in its innermost loop."""
     return any(re.search(FENCE, part) for part in re.split(PRODUCT, listing)[1:-1])
+
+
+def uses_sums_early(listing: str) -> bool:
+    """Whether fp32 arithmetic stands between the last product of warpgroups and where all of them are awaited.
+
+    A compiler sees no connection between a sum and the wait for it, and the source has to say it. Numbers are made of
+    codes in 16 bits, so nothing else computes in fp32 there.
+    """
+    waits = re.split(ALL_DONE, listing)[:-1]
+    return any(re.search(r"\bF(?:MUL|ADD|FMA)\b", re.split(GROUP_PRODUCT, part)[-1]) for part in waits)
+
+
+def moves_addresses(listing: str) -> bool:
+    """Whether the compiler was not sure that a warp's lanes agree, which made a loop a fifth longer."""
+    return any("R2UR" in part for part in re.split(GROUP_PRODUCT, listing)[1:-1])
 
 
 def run(*command: str) -> "subprocess.CompletedProcess[str]":

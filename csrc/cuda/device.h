@@ -2,7 +2,7 @@
 // run on the CPU instead, one thread of a block at a time: see emulated.h.
 #pragma once
 
-#include "layout.h"
+#include "schedule.h"
 
 namespace llmquant::cuda {
 
@@ -61,6 +61,8 @@ __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: 
 __device__ __forceinline__ float shuffle(float value, int lane, int width) {
     return __shfl_sync(0xffffffff, value, lane, width);
 }
+// What all lanes have alike, so that the compiler knows it: it may then be held once for all of them.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffff, value, 0); }
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 
 // Weights are read once: they need no place in L1, and the first to leave L2 are they. (A policy is made where it is
@@ -87,13 +89,6 @@ __device__ __forceinline__ void load_once(Words& words, const Words* from, bool 
         "}"
         : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3])
         : "l"(from), "l"(policy), "r"(static_cast<int>(wanted)));
-}
-
-// To L2, in which it need not stay; whole granules of 16 bytes. sm_90 and later.
-__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
 }
 
 // What another block wrote: from L2, as L1 may hold older values.
@@ -228,28 +223,14 @@ __device__ __forceinline__ void await_previous() {
 #endif
 }
 
-struct Device {
-    int processors;  // multiprocessors
-    int capability;  // 80, 86, 89, 90, ..
-};
-
-inline int64_t current_device(Device* device) {
-    int index = 0, major = 0, minor = 0;
-    cudaError_t error = cudaGetDevice(&index);
-    if (!error) error = cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, index);
-    if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-    device->capability = 10 * major + minor;
-    return error;
-}
-
 struct Launch {
     int64_t blocks;
     int threads;
     int shared_bytes;
     bool overlap;  // may begin before the kernel before it has ended
     void* stream;
-    int cluster = 1;  // blocks of one; a divisor of blocks, 8 at most
+    int cluster = 0;     // blocks of one; a divisor of blocks, 8 at most; 0: there are none
+    bool dense = false;  // blocks of a cluster may share a multiprocessor, which leaves room for more of them
 };
 
 template <class Task>
@@ -259,15 +240,19 @@ int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
         if (error) return error;
     }
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attributes[3] = {};
     unsigned count = 0;
     if (launch.overlap) {
         attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[count++].val.programmaticStreamSerializationAllowed = 1;
     }
-    if (launch.cluster > 1) {
+    if (launch.cluster) {
         attributes[count].id = cudaLaunchAttributeClusterDimension;
         attributes[count++].val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+    }
+    if (launch.dense) {
+        attributes[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+        attributes[count++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(launch.blocks));

@@ -1,11 +1,24 @@
 // What tests set and read of the emulated device; see emulated.h. It is compiled with all .cu files as C++.
 
-#include "device.h"
-#include "schedule.h"
+#include "kernels.h"
 
-void llmquant_emulate(int64_t processors, int64_t capability, int64_t seed, int64_t late) {
-    llmquant::cuda::emulated::Machine& machine = llmquant::cuda::emulated::machine();
-    machine.device = {static_cast<int>(processors), static_cast<int>(capability)};
+namespace llmquant::cuda {
+
+int64_t current_device(Device* device) {
+    *device = emulated::machine().device;
+    return 0;
+}
+
+}  // namespace llmquant::cuda
+
+void llmquant_emulate(int64_t processors, int64_t in_gpc, int64_t capability, int64_t seed, int64_t late) {
+    using namespace llmquant::cuda;
+    emulated::Machine& machine = emulated::machine();
+    machine.device = {static_cast<int>(processors), static_cast<int>(capability), {}};
+    for (int64_t left = processors; left > 0; left -= in_gpc)
+        for (int each = 1; each <= 2; ++each)
+            for (int size = 1; size <= MOST_PARTS; size *= 2)
+                machine.device.clusters[each - 1][shift_of(size)] += static_cast<int>(each * min(left, in_gpc) / size);
     machine.seed = static_cast<uint32_t>(seed);
     machine.late = late != 0;
 }

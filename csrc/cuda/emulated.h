@@ -58,6 +58,7 @@ inline float shuffle(float value, int lane, int width) {
     return own.taken;
 }
 
+inline int uniform(int value) { return value; }
 inline float shuffle_xor(float value, int mask) {
     return shuffle(value, emulated::machine().running % LANES ^ mask, LANES);
 }
@@ -213,22 +214,8 @@ inline bool draw_ticket(uint32_t* tickets, uint32_t last) {
     return drawn == last;
 }
 
-// Nothing but that the memory is there.
-inline void prefetch_bulk(const void* from, int bytes) {
-    emulated::expect_aligned(from);
-    if (bytes <= 0 || bytes % 16) emulated::fail("a copy of no possible size");
-    volatile unsigned char touched = static_cast<const unsigned char*>(from)[0];
-    touched = static_cast<const unsigned char*>(from)[bytes - 1];
-    static_cast<void>(touched);
-}
-
 inline void let_next_begin() {}
 inline void await_previous() {}
-
-inline int64_t current_device(Device* device) {
-    *device = emulated::machine().device;
-    return 0;
-}
 
 template <class Task>
 int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
@@ -239,12 +226,13 @@ int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
     if (launch.shared_bytes > (m.device.capability == 90 ? emulated::MOST_SHARED : emulated::OTHERS_SHARED))
         m.failure = "more shared memory than a block has";
     std::mt19937 random(m.seed);
-    if (launch.cluster > emulated::MOST_BLOCKS || launch.blocks % launch.cluster) m.failure = "no whole clusters";
-    std::vector<int> order(static_cast<std::size_t>(launch.blocks / launch.cluster));
+    const int cluster = max(launch.cluster, 1);
+    if (cluster > MOST_PARTS || launch.blocks % cluster) m.failure = "no whole clusters";
+    std::vector<int> order(static_cast<std::size_t>(launch.blocks / cluster));
     std::iota(order.begin(), order.end(), 0);
     if (m.seed) std::shuffle(order.begin(), order.end(), random);
     for (std::size_t i = 0; i < order.size() && m.failure.empty(); ++i)
-        emulated::run_cluster(launch, order[i] * launch.cluster, [&] { kernel(task); }, random);
+        emulated::run_cluster(launch, cluster, order[i] * cluster, [&] { kernel(task); }, random);
     return m.failure.empty() ? 0 : 1;
 }
 
@@ -252,9 +240,11 @@ inline const char* device_message(int64_t) { return emulated::machine().failure.
 
 }  // namespace llmquant::cuda
 
-// So many multiprocessors of so a capability; with a seed, threads and blocks take their turns in an order drawn from
-// it; `late`: asynchronous copies arrive when they are waited for, and not at once.
-LLMQUANT_CUDA_EXPORT void llmquant_emulate(int64_t processors, int64_t capability, int64_t seed, int64_t late);
+// So many multiprocessors, so many of them in a GPC (what is left over is one, too), of so a capability; with a seed,
+// threads and blocks take their turns in an order drawn from it; `late`: asynchronous copies arrive when they are
+// waited for, and not at once.
+LLMQUANT_CUDA_EXPORT void llmquant_emulate(int64_t processors, int64_t in_gpc, int64_t capability, int64_t seed,
+                                           int64_t late);
 // The most rows of one 8 x 8 matrix that ldmatrix has found in the same banks since the last call; 1 is no conflict.
 LLMQUANT_CUDA_EXPORT int64_t llmquant_emulated_conflicts();
 // Walks through a schedule as kernels do, and counts in `done` how often each of the tiles * chunks units is met. 0, or

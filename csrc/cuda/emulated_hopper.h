@@ -167,16 +167,17 @@ inline void begin_group() {}
 inline void commit_group() {}
 template <int PENDING>
 void await_groups() {}
+template <int ROWS, int COUNT>
+void await_sums(float (&)[ROWS][COUNT]) {}
 
 // PTX ISA, "Register fragments for wgmma.m64nNk16": a warp's 16 rows of A and of D.
 template <class T, int TOKENS>
-void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b, bool adds) {
+void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b) {
     struct Operands {
         float* c;
         const uint32_t* a;
         uint64_t b;
-        bool adds;
-    } own = {c, a, b, adds};
+    } own = {c, a, b};
     emulated::meet_warp(own, [](Operands** all) {
         double A[16][16], B[16][TOKENS];
         for (int lane = 0; lane < LANES; ++lane)
@@ -195,7 +196,7 @@ void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t
         for (int lane = 0; lane < LANES; ++lane)
             for (int i = 0; i < TOKENS / 2; ++i) {
                 const int row = (lane >> 2) + 8 * (i >> 1 & 1), column = 8 * (i >> 2) + lane % 4 * 2 + (i & 1);
-                double sum = all[lane]->adds ? all[lane]->c[i] : 0;
+                double sum = all[lane]->c[i];
                 for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
                 all[lane]->c[i] = static_cast<float>(sum);
             }

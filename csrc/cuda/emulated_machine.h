@@ -16,16 +16,12 @@
 #include <utility>
 #include <vector>
 
-#include "layout.h"
+#include "schedule.h"
 
 namespace llmquant::cuda {
 
 using std::max;
 using std::min;
-
-struct Device {
-    int processors, capability;
-};
 
 struct Launch {
     int64_t blocks;
@@ -33,13 +29,13 @@ struct Launch {
     int shared_bytes;
     bool overlap;
     void* stream;
-    int cluster = 1;
+    int cluster = 0;
+    bool dense = false;
 };
 
 namespace emulated {
 
 constexpr int64_t STACK = 128 * 1024;
-constexpr int MOST_BLOCKS = 8;            // of a cluster, on every device that has them
 constexpr int MOST_SHARED = 227 * 1024;   // of a block, on sm_90
 constexpr int OTHERS_SHARED = 99 * 1024;  // on the smallest device that is served (sm_86)
 
@@ -98,7 +94,7 @@ struct Block {
 };
 
 struct Machine {
-    Device device = {2, 90};
+    Device device = {2, 90, {{2, 1}, {4, 2, 1}}};
     uint32_t seed = 0;
     bool late = false;  // copies arrive when they are waited for
 
@@ -168,16 +164,16 @@ inline void begin(Thread& thread, void (*body)()) {
 
 // Runs `body` in every thread of the blocks from `first` on that are a cluster.
 template <class Body>
-void run_cluster(const Launch& launch, int first, const Body& body, std::mt19937& random) {
+void run_cluster(const Launch& launch, int cluster, int first, const Body& body, std::mt19937& random) {
     Machine& m = machine();
     const auto count = static_cast<std::size_t>(launch.threads);
-    m.cluster.resize(static_cast<std::size_t>(launch.cluster));
+    m.cluster.resize(static_cast<std::size_t>(cluster));
     m.all = Meeting();
 
     static const Body* current;
     current = &body;
     std::vector<std::pair<int, int>> order;  // members and their threads
-    for (int member = 0; member < launch.cluster; ++member) {
+    for (int member = 0; member < cluster; ++member) {
         Block& block = m.cluster[static_cast<std::size_t>(member)];
         block.index = first + member;
         block.begun = false;
@@ -199,7 +195,7 @@ void run_cluster(const Launch& launch, int first, const Body& body, std::mt19937
     }
     if (m.seed) std::shuffle(order.begin(), order.end(), random);
     // One block has a turn only when the others have come as far as they can without it.
-    int slow = m.seed && launch.cluster > 1 ? static_cast<int>(random() % static_cast<unsigned>(launch.cluster)) : -1;
+    int slow = m.seed && cluster > 1 ? static_cast<int>(random() % static_cast<unsigned>(cluster)) : -1;
     for (bool going = true; going && m.failure.empty();) {
         going = false;
         const bool held = m.steps < 3;

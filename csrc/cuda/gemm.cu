@@ -359,7 +359,7 @@ int64_t start(const Product& product, int64_t kind, void* stream) {
                                         : fp16 ? multiply_tiles<Fp16, false, Tile>
                                                : multiply_tiles<Bf16, false, Tile>;
         const int bytes = static_cast<int>(sizeof(Shared<Tile>));
-        return launch(kernel, {product.schedule.blocks, THREADS, bytes, product.overlap != 0, stream}, product);
+        return launch(kernel, {product.schedule.blocks, THREADS, bytes, product.overlap, stream}, product);
     });
 }
 

@@ -193,11 +193,9 @@ __device__ __forceinline__ void await_groups() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// c = A B for 64 rows, 16 of each warp, TOKENS tokens and 16 columns, or c += A B if it `adds`. Lanes hold A and C as
-// for mma.m16n8k16.
+// c += A B for 64 rows, 16 of each warp, TOKENS tokens and 16 columns. Lanes hold A and C as for mma.m16n8k16.
 template <class T, int TOKENS>
-__device__ __forceinline__ void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b,
-                                                   bool adds);
+__device__ __forceinline__ void multiply_add_group(float (&c)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b);
 
 #define LLMQUANT_C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define LLMQUANT_C8(i) LLMQUANT_C4(i), LLMQUANT_C4(i + 4)
@@ -219,32 +217,35 @@ __device__ __forceinline__ void multiply_add_group(float (&c)[TOKENS / 2], const
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-// N tokens have C = N / 2 registers; those of A, B and a predicate follow them.
-#define LLMQUANT_MULTIPLY_ADD(T, KIND, N, C, A0, A1, A2, A3, B, ON)                                                    \
-    template <>                                                                                                        \
-    __device__ __forceinline__ void multiply_add_group<T, N>(float (&c)[C], const uint32_t (&a)[4], uint64_t b,        \
-                                                             bool adds) {                                              \
-        asm volatile(                                                                                                  \
-            "{\n"                                                                                                      \
-            ".reg .pred adds;\n"                                                                                       \
-            "setp.ne.b32 adds, " ON                                                                                    \
-            ", 0;\n"                                                                                                   \
-            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." KIND "." KIND " {" LLMQUANT_N##C "}, {" A0 ", " A1       \
-                                                                                               ", " A2 ", " A3 "}, " B \
-                                                                                               ", adds, 1, 1, 0;\n"    \
-                                                                                               "}"                     \
-            : LLMQUANT_C##C(0)                                                                                         \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{adds}));                                     \
+// N tokens have C = N / 2 registers; those of A and B follow them.
+#define LLMQUANT_MULTIPLY_ADD(T, KIND, N, C, A0, A1, A2, A3, B)                                                   \
+    template <>                                                                                                   \
+    __device__ __forceinline__ void multiply_add_group<T, N>(float (&c)[C], const uint32_t (&a)[4], uint64_t b) { \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." KIND "." KIND " {" LLMQUANT_N##C           \
+                     "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, 0;"                                    \
+                     : LLMQUANT_C##C(0)                                                                           \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                       \
     }
 #define LLMQUANT_MULTIPLY_ADD_BOTH(...)             \
     LLMQUANT_MULTIPLY_ADD(Fp16, "f16", __VA_ARGS__) \
     LLMQUANT_MULTIPLY_ADD(Bf16, "bf16", __VA_ARGS__)
-LLMQUANT_MULTIPLY_ADD_BOTH(8, 4, "%4", "%5", "%6", "%7", "%8", "%9")
-LLMQUANT_MULTIPLY_ADD_BOTH(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
-LLMQUANT_MULTIPLY_ADD_BOTH(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
-LLMQUANT_MULTIPLY_ADD_BOTH(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
-LLMQUANT_MULTIPLY_ADD_BOTH(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
-LLMQUANT_MULTIPLY_ADD_BOTH(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
+LLMQUANT_MULTIPLY_ADD_BOTH(8, 4, "%4", "%5", "%6", "%7", "%8")
+LLMQUANT_MULTIPLY_ADD_BOTH(16, 8, "%8", "%9", "%10", "%11", "%12")
+LLMQUANT_MULTIPLY_ADD_BOTH(32, 16, "%16", "%17", "%18", "%19", "%20")
+LLMQUANT_MULTIPLY_ADD_BOTH(64, 32, "%32", "%33", "%34", "%35", "%36")
+LLMQUANT_MULTIPLY_ADD_BOTH(128, 64, "%64", "%65", "%66", "%67", "%68")
+LLMQUANT_MULTIPLY_ADD_BOTH(256, 128, "%128", "%129", "%130", "%131", "%132")
+
+// Until all of them are there; the sums as well, for the compiler, which may read them before a wait that it sees no
+// connection with.
+template <int ROWS, int COUNT>
+__device__ __forceinline__ void await_sums(float (&sums)[ROWS][COUNT]) {
+    await_groups<0>();
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) asm volatile("" : "+f"(sums[i][j]));
+}
 
 // How many registers each thread of this warpgroup has from here on.
 template <int COUNT>

@@ -3,7 +3,6 @@
 
 #include "device.h"
 #include "llmquant_cuda.h"
-#include "schedule.h"
 
 namespace llmquant::cuda {
 
@@ -14,6 +13,7 @@ inline bool is_kind(int64_t kind) { return is_16_bits(kind) || kind == LLMQUANT_
 inline bool is_size(int64_t size) { return size > 0 && size <= MOST; }
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+int64_t current_device(Device* device);
 int64_t check(const LlmquantCudaWeight& weight);
 
 // A packed weight as kernels see it.
@@ -39,7 +39,7 @@ struct Product {
     uint32_t* tickets;
     int64_t x_stride;
     int tokens, bias_kind;
-    int64_t overlap;  // not 0: it may have begun before what is before it has ended; 2: and asks L2 for more
+    bool overlap;  // it may have begun before what is before it has ended
     Schedule schedule;
 };
 

@@ -90,14 +90,6 @@ struct Fp16 {
     static constexpr uint32_t ONE = 0x3c003c00, SIXTEENTH = 0x2c002c00, BASE = 0x64006400;
     LLMQUANT_BOTH static constexpr uint32_t factor(int r) { return r % 2 ? SIXTEENTH : ONE; }
     static constexpr float WORTH = 1;  // of a code, by how much that is too small
-
-    // Register r without arithmetic: ORIGIN + code. In bits 4..7 of 64 a code is worth itself.
-    static constexpr int ORIGIN = 64;
-    template <class Merge>
-    LLMQUANT_BOTH static uint32_t raw(uint32_t word, int r, Merge merge) {
-        const int left = 4 - 4 * r;
-        return merge(left > 0 ? word << left : word >> -left, 0x00f000f0u, 0x54005400u);
-    }
 };
 
 // bf16 has 7, which is one too few for a code in bits 4..7. But 16 bits below 256 are, as a bf16, themselves times
@@ -105,15 +97,9 @@ struct Fp16 {
 // needs no base at all, and since nothing is too much, a scale and its zero can be had in the same multiplication: see
 // Scaling in finish.h. 2^127 is the largest power of two; that leaves 2^-6.
 struct Bf16 {
-    static constexpr uint32_t ONE = 0x3f803f80, BASE = 0;
+    static constexpr uint32_t BASE = 0;
     LLMQUANT_BOTH static constexpr uint32_t factor(int r) { return r % 2 ? 0x7d007d00u : 0x7f007f00u; }  // 2^123, 2^127
     static constexpr float WORTH = 64;
-
-    static constexpr int ORIGIN = 128;
-    template <class Merge>
-    LLMQUANT_BOTH static uint32_t raw(uint32_t word, int r, Merge merge) {
-        return merge(word >> 4 * r, 0x000f000fu, 0x43004300u);
-    }
 };
 
 }  // namespace llmquant::cuda

@@ -18,14 +18,14 @@
 #define LLMQUANT_CUDA_EXPORT
 #endif
 
-#define LLMQUANT_CUDA_ABI 4 /* a change of anything below needs a new value */
+#define LLMQUANT_CUDA_ABI 5 /* a change of anything below needs a new value */
 
 /* Kinds of numbers, numbered as in csrc/cpu/linear.h. */
 enum { LLMQUANT_CUDA_BF16, LLMQUANT_CUDA_FP16, LLMQUANT_CUDA_FP32 };
 
 /* What can compute a product. */
 enum {
-    LLMQUANT_CUDA_AUTO,       /* what the table in path.h says */
+    LLMQUANT_CUDA_AUTO,       /* what the table of path.h says */
     LLMQUANT_CUDA_GEMV,       /* at most 8 tokens: the weights stream by once */
     LLMQUANT_CUDA_CLUSTER,    /* at most 16, on sm_90 and later: as gemv, but blocks add up their sums in clusters */
     LLMQUANT_CUDA_GEMM,       /* any number of tokens */
@@ -84,8 +84,7 @@ typedef struct LlmquantCudaLinear {
     int64_t bias_kind; /* any of the three */
     int64_t path;
     /* 1: on sm_90 and later this may begin while the kernel before it on the stream still runs (programmatic dependent
-     * launch). x, bias and y may come from, or be in use by, that kernel; the weight may not. 2: and what streams
-     * (gemv, cluster) has more of the weight brought to L2 while it waits. */
+     * launch). x, bias and y may come from, or be in use by, that kernel; the weight may not. */
     int64_t overlap;
     void* partials;    /* scratch, aligned to 16 bytes; one per stream; its contents do not matter */
     uint32_t* tickets; /* zeros before the first call, and again after every call; one per stream */

@@ -29,9 +29,40 @@ const Path& path_of(int64_t path) {
     }
 }
 
+// Of a product: by which path, and how its work is shared.
+struct Way {
+    int64_t path;
+    Schedule schedule;
+};
+
+Way choose(const Layout& layout, int64_t tokens, const Device& device) {
+    for (const Choice& choice : CHOICES) {
+        if (device.capability < choice.from || device.capability > choice.to || tokens > choice.tokens) continue;
+        const Schedule schedule = path_of(choice.path).schedule(layout, tokens, device);
+        if (!schedule.blocks || (choice.at_once && schedule.tiles > schedule.blocks)) continue;
+        if (choice.in_clusters) {
+            const Schedule other = path_of(choice.in_clusters).schedule(layout, tokens, device);
+            if (cluster_of(other) > 1 && longest(other) <= longest(schedule) + choice.longer)
+                return {choice.in_clusters, other};
+        }
+        return {choice.path, schedule};
+    }
+    return {LLMQUANT_CUDA_DEQUANTIZE, {}};
+}
+
+int64_t check_path(const LlmquantCudaLinear& task, const Device& device) {
+    if (task.path < LLMQUANT_CUDA_AUTO || task.path > LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
+    const bool clusters = task.path == LLMQUANT_CUDA_CLUSTER;
+    const bool hopper = task.path >= LLMQUANT_CUDA_WGMMA && task.path <= LLMQUANT_CUDA_SPLIT;
+    const bool wrong = (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) ||
+                       (clusters && (task.tokens > MOST_GEMV_TOKENS || device.capability < 90)) ||
+                       (task.path == LLMQUANT_CUDA_PAIRS && task.tokens <= MOST_SINGLE_TOKENS) ||
+                       (hopper && device.capability != 90);
+    return wrong ? LLMQUANT_CUDA_BAD_PATH : 0;
+}
+
 // A product, checked, and how it is computed.
 struct Plan {
-    Device device;
     int64_t path;
     Product product;
     int64_t partials_bytes, tickets;
@@ -44,24 +75,22 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
         return LLMQUANT_CUDA_BAD_KIND;
     if (!aligned(task.x) || task.x_stride % GRANULE || !aligned(task.y) || !aligned(task.partials))
         return LLMQUANT_CUDA_BAD_ALIGNMENT;
-    if (task.overlap < 0 || task.overlap > 2) return LLMQUANT_CUDA_BAD_SIZE;
-    if (task.path < LLMQUANT_CUDA_AUTO || task.path > LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
-    const bool clusters = task.path == LLMQUANT_CUDA_CLUSTER;
-    if (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
-    if (clusters && task.tokens > MOST_CLUSTER_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
-    if (const int64_t error = find_device(&plan->device)) return error;
-    if (clusters && plan->device.capability < 90) return LLMQUANT_CUDA_BAD_PATH;
-    if (task.path == LLMQUANT_CUDA_PAIRS && task.tokens <= MOST_SINGLE_TOKENS) return LLMQUANT_CUDA_BAD_PATH;
-    const bool hopper = task.path >= LLMQUANT_CUDA_WGMMA && task.path <= LLMQUANT_CUDA_SPLIT;
-    if (hopper && plan->device.capability != 90) return LLMQUANT_CUDA_BAD_PATH;
-    plan->path = task.path == LLMQUANT_CUDA_AUTO
-                     ? path_for(task.tokens, task.weight.rows * task.weight.columns, plan->device.capability)
-                     : task.path;
-    if (plan->path == LLMQUANT_CUDA_DEQUANTIZE) return 0;
+    Device device = {};
+    if (const int64_t error = find_device(&device)) return error;
+    if (const int64_t error = check_path(task, device)) return error;
 
-    const Path& path = path_of(plan->path);
     Product& product = plan->product;
     product.weight = weight_of(task.weight);
+    const Layout& layout = product.weight.layout;
+    Way way = {task.path, {}};
+    if (task.path == LLMQUANT_CUDA_AUTO)
+        way = choose(layout, task.tokens, device);
+    else if (task.path != LLMQUANT_CUDA_DEQUANTIZE)
+        way.schedule = path_of(task.path).schedule(layout, task.tokens, device);
+    plan->path = way.path;
+    if (plan->path == LLMQUANT_CUDA_DEQUANTIZE) return 0;
+    if (!way.schedule.blocks) return LLMQUANT_CUDA_BAD_SIZE;
+
     product.x = static_cast<const uint16_t*>(task.x);
     product.bias = task.bias;
     product.y = static_cast<uint16_t*>(task.y);
@@ -70,9 +99,9 @@ int64_t plan_of(const LlmquantCudaLinear& task, Plan* plan) {
     product.x_stride = task.x_stride;
     product.tokens = static_cast<int>(task.tokens);
     product.bias_kind = static_cast<int>(task.bias_kind);
-    product.overlap = plan->device.capability >= 90 ? task.overlap : 0;
-    product.schedule = path.schedule(product.weight.layout, task.tokens, plan->device);
-    if (!product.schedule.blocks) return LLMQUANT_CUDA_BAD_SIZE;
+    product.overlap = device.capability >= 90 && task.overlap;
+    product.schedule = way.schedule;
+    const Path& path = path_of(plan->path);
     const int64_t each = path.pairs ? 2 : 1;
     plan->partials_bytes = product.schedule.blocks * each * SLOTS * path.tile_bytes(task.tokens);
     plan->tickets = plan->partials_bytes ? product.schedule.tiles * each : 0;

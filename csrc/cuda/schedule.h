@@ -14,6 +14,20 @@
 namespace llmquant::cuda {
 
 constexpr int64_t MOST_UNITS = int64_t{1} << 30;
+constexpr int MOST_PARTS = 8;  // of a tile, and blocks of a cluster
+
+// The logarithm of 1, 2, 4 or 8.
+LLMQUANT_BOTH constexpr int shift_of(int parts) { return (parts >> 1) - (parts >> 3); }
+
+// So many clusters of 1, 2, 4 and 8 blocks run at the same time. It is less than multiprocessors allow: the blocks of
+// one are in one GPC, and GPCs are of different sizes.
+using Clusters = int[4];
+
+struct Device {
+    int processors;        // multiprocessors
+    int capability;        // 80, 86, 89, 90, ..
+    Clusters clusters[2];  // if one block fits a multiprocessor, and if two do; from sm_90 on
+};
 
 struct Schedule {
     int tiles, chunks;
@@ -91,18 +105,26 @@ LLMQUANT_BOTH constexpr int last_block(const Schedule& schedule, int tile) {
 }
 
 // Another way, for clusters: each tile belongs to 1, 2, 4 or 8 neighbouring blocks, which have equal parts of it; as
-// many as fit into so many blocks, and as leave each `least` chunks.
-constexpr Schedule cluster_schedule_of(int64_t tiles, int64_t chunks, int64_t blocks, int64_t least) {
+// many as leave each `least` chunks, and as run at the same time. (One that has to wait for room takes as long as all
+// the others.)
+constexpr Schedule cluster_schedule_of(int64_t tiles, int64_t chunks, const Clusters& at_once, int64_t least) {
     if (tiles > MOST_UNITS || tiles * chunks > MOST_UNITS) return {};
-    int64_t parts = 1;
-    while (parts < 8 && 2 * parts * tiles <= blocks && 2 * parts * least <= chunks) parts *= 2;
-    return {static_cast<int>(tiles), static_cast<int>(chunks), static_cast<int>(tiles * parts), 0, 1, 0, 0};
+    int parts = 1;
+    while (parts < MOST_PARTS && tiles <= at_once[shift_of(2 * parts)] && 2 * parts * least <= chunks) parts *= 2;
+    const int64_t share = (chunks + parts - 1) / parts;
+    return {static_cast<int>(tiles),
+            static_cast<int>(chunks),
+            static_cast<int>(tiles * parts),
+            0,
+            1,
+            static_cast<int>(share),
+            0};
 }
 
-constexpr int cluster_of(const Schedule& schedule) { return schedule.blocks / schedule.tiles; }
+// Chunks of the block that has the most.
+constexpr int longest(const Schedule& schedule) { return units_of(schedule, 0); }
 
-// The logarithm of 1, 2, 4 or 8.
-LLMQUANT_BOTH constexpr int shift_of(int parts) { return (parts >> 1) - (parts >> 3); }
+constexpr int cluster_of(const Schedule& schedule) { return schedule.blocks / schedule.tiles; }
 
 LLMQUANT_BOTH constexpr Segment part_of(const Schedule& schedule, int tile, int part, int parts) {
     return {tile, schedule.chunks * part >> shift_of(parts), schedule.chunks * (part + 1) >> shift_of(parts)};

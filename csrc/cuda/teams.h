@@ -55,7 +55,7 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
     const Schedule& schedule = product.schedule;
     const auto slot = [&](int block, bool begins_tile) {
         const int place = slot_of(block, begins_tile) * SIDES<TEAM> + side<TEAM>();
-        return product.partials + (int64_t{place} * FOURS<TOKENS> * CONSUMERS + thread_index());
+        return product.partials + (place * FOURS<TOKENS> * CONSUMERS + thread_index());
     };
     Floats* own = slot(worker<TEAM>(), segment.begin == 0);
 #pragma unroll
@@ -83,34 +83,35 @@ __device__ __forceinline__ bool add_blocks(const Product& product, const Segment
     return true;
 }
 
-// Two sums of a lane are of one row and two tokens; transposed, of one token and two rows, from `row` on.
-template <class T>
-__device__ __forceinline__ void write_two(const Product& product, int rows, int row, int token, float bias,
-                                          const float* two) {
-    const uint32_t pair = transpose_matrix(to_pair<T>(two[0] + bias, two[1] + bias));
-    if (token >= product.tokens) return;
-    uint16_t* y = product.y + int64_t{token} * rows + row;
-    if (row + 1 < rows && rows % 2 == 0) {
-        *reinterpret_cast<uint32_t*>(y) = pair;
-    } else {
-        if (row < rows) y[0] = static_cast<uint16_t>(pair);
-        if (row + 1 < rows) y[1] = static_cast<uint16_t>(pair >> 16);
-    }
-}
-
-// `COUNT` eights of tokens, from the first token on: of each this thread has two sums of row b, which is one of two.
+// `COUNT` eights of tokens, from the first token on. Of each this thread has two sums of row b, which is one of two;
+// transposed, it has two rows of one token, which are beside each other in y.
 template <class T, int COUNT, int TOKENS, class Two>
 __device__ __forceinline__ void write_eights(const Product& product, const Part<TOKENS>& part, int first_row, int j,
                                              int first_token, Two two) {
-    const int rows = product.weight.layout.rows;
+    const int rows = product.weight.layout.rows, token = first_token + part.lane / 4;
+    const int left = product.tokens - token;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-        const int of_sums = first_row + part.row(j, 2 * b);
+        const int of_sums = first_row + part.row(j, 2 * b), first = of_sums - part.lane / 4;
+        const int row = first + part.lane % 4 * 2;
         const float bias = of_sums < rows ? bias_at(product, of_sums) : 0;
-        const int row = of_sums - part.lane / 4 + part.lane % 4 * 2;  // after they are transposed
+        uint16_t* y = product.y + int64_t{token} * rows + row;
+        const auto each = [&](auto store) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-            write_two<T>(product, rows, row, first_token + 8 * i + part.lane / 4, bias, two(i, b));
+            for (int i = 0; i < COUNT; ++i) {
+                const uint32_t pair = transpose_matrix(to_pair<T>(two(i, b)[0] + bias, two(i, b)[1] + bias));
+                if (8 * i < left) store(pair);
+                y += int64_t{8} * rows;
+            }
+        };
+        if (uniform(rows % 2 == 0 && first + 8 <= rows)) {  // the eight rows of the warp's lanes are there
+            each([&](uint32_t pair) { *reinterpret_cast<uint32_t*>(y) = pair; });
+        } else {
+            each([&](uint32_t pair) {
+                if (row < rows) y[0] = static_cast<uint16_t>(pair);
+                if (row + 1 < rows) y[1] = static_cast<uint16_t>(pair >> 16);
+            });
+        }
     }
 }
 
@@ -132,9 +133,9 @@ __device__ __forceinline__ void meet_cluster() {
 
 // The end of a split. Fours of a tile stand in a row, [fours of a thread][threads]; each block answers for an equal
 // part of them, and is sent what the others have summed of it to where its stages were.
-template <class T, int TOKENS, class Multiplier>
+template <class T, int TOKENS>
 __device__ __forceinline__ void finish_split(const Product& product, int token_tiles, Shared<TOKENS>& shared,
-                                             const Sums<TOKENS>& sums) {
+                                             const Sums<TOKENS>& sums, float worth) {
     constexpr int COUNT = FOURS<TOKENS> * CONSUMERS, EIGHTS = TOKENS / 8;
     static_assert(COUNT * sizeof(Floats) <= sizeof(shared.stages), "there is room");
     Floats* sent = reinterpret_cast<Floats*>(&shared.stages);                                           // [blocks][own]
@@ -156,7 +157,7 @@ __device__ __forceinline__ void finish_split(const Product& product, int token_t
 #pragma unroll
             for (int r = 0; r < 4; ++r) sum.value[r] += sent[block * own + i].value[r];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) sum.value[r] *= Multiplier::WORTH;
+        for (int r = 0; r < 4; ++r) sum.value[r] *= worth;
         const int at = rank * own + i, four = at / CONSUMERS;
         const Part<TOKENS> part = {at % CONSUMERS};  // who has summed it
         write_eights<T, 1>(product, part, row_tile * TILES<TOKENS> * TILE, four / EIGHTS,

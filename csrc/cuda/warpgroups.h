@@ -1,10 +1,5 @@
 // The parts that wgmma.h is put together from: what stands in shared memory, which words of the codes are a warp's
 // own, and how codes become what the tensor cores multiply.
-//
-// Where tokens are few, making numbers is most of the work, so as little is made of them as can be: codes above a
-// constant, which needs no arithmetic. What is too much by that is taken from the sums of a group, as many times as the
-// tokens' activations add up to, and so is the scale: once for all columns, in fp32. Where tokens are many it is the
-// other way round.
 #pragma once
 
 #include "finish.h"
@@ -109,77 +104,5 @@ template <int TOKENS>
 __device__ __forceinline__ uint64_t x_of(uint64_t stage, int step) {
     return matrix_at(stage, step * STEP / BOX * TOKENS * BOX * 2 + step * STEP % BOX * 2);
 }
-
-// Numbers with scales and zeros, rounded once: tokens are many.
-template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
-struct Scaled {
-    static constexpr bool DRAINS = false;  // whether all that was begun has ended when a chunk does
-    static constexpr float WORTH = Scaling<T, ZEROS>::WORTH;
-    Scaling<T, ZEROS> of_word[OWN<TOKENS>];
-
-    __device__ __forceinline__ void begin_step(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int shift,
-                                               int step) {
-        if (step % GROUP_STEPS) return;
-        const auto scales = scales_of(stage, part, step >> shift);
-        const uint32_t zeros = zeros_of<ZEROS>(stage, part, step >> shift);
-#pragma unroll
-        for (int j = 0; j < OWN<TOKENS>; ++j) of_word[j].set(scales.word[j], zeros, j);
-    }
-
-    __device__ __forceinline__ void to_numbers(uint32_t word, int j, uint32_t (&a)[4]) const {
-        of_word[j].apply(word, a);
-    }
-
-    __device__ __forceinline__ void multiply(const Numbers<TOKENS>& a, uint64_t x, int, Sums<TOKENS>& sums) {
-#pragma unroll
-        for (int j = 0; j < OWN<TOKENS>; ++j) multiply_add_group<T, TOKENS>(sums[j], a[j], x, true);
-    }
-
-    __device__ __forceinline__ void end_step(const Stage<TOKENS>&, const Part<TOKENS>&, int, Sums<TOKENS>&) {
-        await_groups<DEPTH - 1>();  // whose numbers make room for the next
-    }
-};
-
-// Codes above a constant, and all else on the sums of a group: tokens are few.
-template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS>
-struct Raw {
-    static constexpr bool DRAINS = true;
-    static constexpr float WORTH = 1;
-    float fresh[OWN<TOKENS>][TOKENS / 2], x_sums[TOKENS / 2];
-
-    __device__ __forceinline__ void begin_step(const Stage<TOKENS>&, const Part<TOKENS>&, int, int) const {}
-
-    __device__ __forceinline__ void to_numbers(uint32_t word, int, uint32_t (&a)[4]) const {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) a[r] = T::raw(word, r, merge);
-    }
-
-    __device__ __forceinline__ void multiply(const Numbers<TOKENS>& a, uint64_t x, int step, Sums<TOKENS>&) {
-        const uint32_t ones[4] = {T::ONE, T::ONE, T::ONE, T::ONE};
-        const bool adds = step % GROUP_STEPS != 0;
-#pragma unroll
-        for (int j = 0; j < OWN<TOKENS>; ++j) multiply_add_group<T, TOKENS>(fresh[j], a[j], x, adds);
-        multiply_add_group<T, TOKENS>(x_sums, ones, x, adds);
-    }
-
-    __device__ __forceinline__ void end_step(const Stage<TOKENS>& stage, const Part<TOKENS>& part, int step,
-                                             Sums<TOKENS>& sums) {
-        if ((step + 1) % GROUP_STEPS != 0) {
-            await_groups<DEPTH - 1>();
-            return;
-        }
-        await_groups<0>();
-        const auto scales = scales_of(stage, part, step / GROUP_STEPS);
-        const uint32_t zeros = zeros_of<ZEROS>(stage, part, step / GROUP_STEPS);
-#pragma unroll
-        for (int j = 0; j < OWN<TOKENS>; ++j)
-#pragma unroll
-            for (int i = 0; i < TOKENS / 2; ++i) {
-                const int b = i / 2 % 2;
-                const float excess = T::ORIGIN + static_cast<float>(zeros >> 4 * (2 * j + b) & 15);
-                sums[j][i] += to_float<T>(scales.word[j] >> 16 * b) * (fresh[j][i] - excess * x_sums[i]);
-            }
-    }
-};
 
 }  // namespace llmquant::cuda::warpgroups

@@ -8,14 +8,11 @@
 // has words 0 and 1 of every lane, the second 2 and 3. (With 128 rows, warp w has tile w % 2 and word w / 2 of these
 // two.)
 //
-// While the tensor cores multiply one step, a warp makes numbers of the codes of the next, in one of the two ways of
-// warpgroups.h.
+// While the tensor cores multiply one step, a warp makes numbers of the codes of the next.
 //
 // How blocks work together, and how a tile ends, is in teams.h. The three ways, wgmma.cu, pairs.cu and split.cu, are
 // compiled at the same time.
 #pragma once
-
-#include <type_traits>
 
 #include "path.h"
 #include "teams.h"
@@ -23,8 +20,8 @@
 
 namespace llmquant::cuda::warpgroups {
 
-constexpr int RESTART = 4;  // what a second tile costs a block, in chunks
-constexpr int LEAST = 2;    // chunks of a block of a split
+constexpr int RESTART = 12;  // what a second tile costs a block, in chunks: measured 10 to 17
+constexpr int LEAST = 2;     // chunks of a block of a split
 
 struct Task {
     Product product;
@@ -107,15 +104,17 @@ struct Source {
 
 // ---- the warps that multiply
 
-template <class T, int TOKENS, Team TEAM, class Multiplier>
-__device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKENS>& part, int shift, int chunks,
-                                         Place<TOKENS>& place, Sums<TOKENS>& sums) {
+// So many chunks; `shift` is the layout's, and GROUP_STEPS steps or more share scales.
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
+__device__ __forceinline__ void multiply(Shared<TOKENS>& shared, int shift, int chunks, Place<TOKENS>& place,
+                                         Sums<TOKENS>& sums) {
+    const Part<TOKENS> part;
     const auto release = [&](int stage) {
         if (part.lane != 0) return;
         arrive(&shared.empty[stage]);
         if (TEAM == Team::PAIR) arrive_at(&shared.empty[stage], side<TEAM>() ^ 1);
     };
-    Multiplier multiplier;
+    Scaling<T, ZEROS> scaling[OWN<TOKENS>];
     int before = 0;  // the stage
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -126,50 +125,53 @@ __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, const Part<TOKE
         auto codes = codes_of(stage, part, 0);
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            multiplier.begin_step(stage, part, shift, step);
+            if (step % GROUP_STEPS == 0) {
+                const auto scales = scales_of(stage, part, step >> shift);
+                const uint32_t zeros = zeros_of<ZEROS>(stage, part, step >> shift);
+#pragma unroll
+                for (int j = 0; j < OWN<TOKENS>; ++j) scaling[j].set(scales.word[j], zeros, j);
+            }
             const auto next = step + 1 < STEPS ? codes_of(stage, part, step + 1) : codes;
 #pragma unroll
-            for (int j = 0; j < OWN<TOKENS>; ++j) multiplier.to_numbers(codes.word[j], j, a[step % DEPTH][j]);
+            for (int j = 0; j < OWN<TOKENS>; ++j) scaling[j].apply(codes.word[j], a[step % DEPTH][j]);
             codes = next;
             begin_group();
-            multiplier.multiply(a[step % DEPTH], x_of<TOKENS>(x, step), step, sums);
+#pragma unroll
+            for (int j = 0; j < OWN<TOKENS>; ++j)
+                multiply_add_group<T, TOKENS>(sums[j], a[step % DEPTH][j], x_of<TOKENS>(x, step));
             commit_group();
-            multiplier.end_step(stage, part, step, sums);
-            if (!Multiplier::DRAINS && step == DEPTH - 2 && chunk > 0) release(before);
-        }
-        if (Multiplier::DRAINS) {
-            sync_warp();  // all lanes have read its scales
-            release(place.stage);
+            await_groups<DEPTH - 1>();  // whose numbers make room for the next
+            if (step == DEPTH - 2 && chunk > 0) release(before);
         }
         before = place.stage;
         place.advance();
     }
-    if (!Multiplier::DRAINS) {
-        await_groups<0>();
-        release(before);
-    }
+    await_sums(sums);
+    release(before);
 }
 
-template <class T, int TOKENS, Team TEAM, class Multiplier>
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
 __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared) {
     const Product& product = task.product;
     Place<TOKENS> place;
-    if constexpr (TEAM == Team::SPLIT) {
+    constexpr float WORTH = Scaling<T, ZEROS>::WORTH;
+    const auto sum_up = [&](int chunks, Sums<TOKENS>& sums) {
+        multiply<T, ZEROS, TOKENS, GROUP_STEPS, TEAM>(shared, product.weight.layout.shift, chunks, place, sums);
+    };
+    if constexpr (TEAM == Team::SPLIT) {  // without a loop around it, the inner one has fifty instructions less
         Sums<TOKENS> sums = {};
-        multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
-                                              own_units<TEAM>(product.schedule), place, sums);
-        finish_split<T, TOKENS, Multiplier>(product, task.token_tiles, shared, sums);
+        sum_up(own_units<TEAM>(product.schedule), sums);
+        finish_split<T, TOKENS>(product, task.token_tiles, shared, sums, WORTH);
     } else {
         for (int done = 0; done < own_units<TEAM>(product.schedule);) {
             const Segment segment = own_segment<TEAM>(product.schedule, done);
             Sums<TOKENS> sums = {};
-            multiply<T, TOKENS, TEAM, Multiplier>(shared, Part<TOKENS>(), product.weight.layout.shift,
-                                                  segment.end - segment.begin, place, sums);
-            if constexpr (Multiplier::WORTH != 1)
+            sum_up(segment.end - segment.begin, sums);
+            if constexpr (WORTH != 1)
 #pragma unroll
                 for (int j = 0; j < OWN<TOKENS>; ++j)
 #pragma unroll
-                    for (int i = 0; i < TOKENS / 2; ++i) sums[j][i] *= Multiplier::WORTH;
+                    for (int i = 0; i < TOKENS / 2; ++i) sums[j][i] *= WORTH;
             if (is_whole(product.schedule, segment) || add_blocks<TOKENS, TEAM>(product, segment, shared, sums))
                 write<T, TOKENS>(product, segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>(),
                                  segment.tile % task.token_tiles, sums);
@@ -184,13 +186,9 @@ constexpr int MANY = BLOCKS<TOKENS> == 1 ? 232 : 104;
 template <int TOKENS>
 constexpr int FEW = BLOCKS<TOKENS> == 1 ? 40 : 24;
 
-// GROUP_STEPS: so many steps of a chunk share scales, or more.
 template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
 __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
 #ifdef LLMQUANT_WGMMA
-    constexpr bool RAW = TOKENS <= 16 && GROUP_STEPS >= 4 && TEAM != Team::SPLIT;
-    using Multiplier =
-        std::conditional_t<RAW, Raw<T, ZEROS, TOKENS, GROUP_STEPS>, Scaled<T, ZEROS, TOKENS, GROUP_STEPS>>;
     let_next_begin();
     Shared<TOKENS>& shared = *reinterpret_cast<Shared<TOKENS>*>(shared_memory());
     if (thread_index() == 0) {
@@ -207,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
     if (thread_index() < CONSUMERS) {
         take_registers<MANY<TOKENS>>();
         if (TEAM == Team::PAIR) await_cluster();
-        consume<T, TOKENS, TEAM, Multiplier>(task, shared);
+        consume<T, ZEROS, TOKENS, GROUP_STEPS, TEAM>(task, shared);
     } else {
         leave_registers<FEW<TOKENS>>();
         Source<TOKENS, ZEROS, TEAM>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
@@ -221,10 +219,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
 
 template <class T, bool ZEROS, int TOKENS, Team TEAM>
 auto kernel_of(int shift) -> void (*)(Task) {
-    if (shift > 2) return multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM>;
-    if constexpr (TOKENS == 8 && TEAM != Team::SPLIT)  // for 16 and such short groups there are too few registers
-        if (shift == 2) return multiply_groups<T, ZEROS, TOKENS, 4, TEAM>;
-    return multiply_groups<T, ZEROS, TOKENS, 2, TEAM>;
+    return shift > 2 ? multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM> : multiply_groups<T, ZEROS, TOKENS, 2, TEAM>;
 }
 
 template <int COUNT_>
@@ -253,9 +248,9 @@ Schedule schedule(const Layout& layout, int64_t tokens, const Device& device) {
         constexpr int TOKENS = decltype(tile)::COUNT, ROW_TILES = TILES<TOKENS> * SIDES<TEAM>;
         const int64_t tiles = rounded_up(layout.tiles, ROW_TILES) / ROW_TILES * tiles_of_tokens(tokens);
         const int64_t chunks = layout.steps / STEPS;
+        if (TEAM == Team::SPLIT) return cluster_schedule_of(tiles, chunks, device.clusters[BLOCKS<TOKENS> - 1], LEAST);
         const int64_t workers = max(int64_t{1}, int64_t{BLOCKS<TOKENS>} * device.processors / SIDES<TEAM>);
-        return TEAM == Team::SPLIT ? cluster_schedule_of(tiles, chunks, workers, LEAST)
-                                   : schedule_of(tiles, chunks, workers, RESTART);
+        return schedule_of(tiles, chunks, workers, RESTART);
     });
 }
 
@@ -284,10 +279,10 @@ int64_t start(const Product& product, int64_t kind, void* stream) {
                 product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, TOKENS / SIDES<TEAM>,
                 fp16};
             if (const int64_t error = map_boxes(boxes, &task.x)) return error;
-            const int cluster = TEAM == Team::SPLIT ? cluster_of(product.schedule) : SIDES<TEAM>;
+            const int cluster = TEAM == Team::SPLIT ? cluster_of(product.schedule) : TEAM == Team::PAIR ? 2 : 0;
             return launch(kernel,
                           {int64_t{product.schedule.blocks} * SIDES<TEAM>, THREADS, sizeof(Shared<TOKENS>),
-                           product.overlap != 0, stream, cluster},
+                           product.overlap, stream, cluster, TEAM == Team::SPLIT && BLOCKS<TOKENS> > 1},
                           task);
         }
     });

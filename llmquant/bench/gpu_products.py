@@ -25,8 +25,6 @@ def makers(dtype: torch.dtype, *, paths: bool = False) -> dict[str, Maker]:
         found["llmquant"] = partial(ours, cuda)
         for name in ("gemv", "cluster", "gemm", "wgmma", "pairs", "split", "dequantize") if paths else ():
             found[f"llmquant {name}"] = partial(ours, cuda, path=getattr(cuda, name.upper()))
-        for name in ("gemv", "cluster") if paths else ():
-            found[f"llmquant {name}, L2"] = partial(ours, cuda, path=getattr(cuda, name.upper()), overlap=2)
     if find_spec("triton"):
         from llmquant.kernels import triton
 

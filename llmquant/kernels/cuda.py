@@ -24,8 +24,6 @@ ALIGNED = 8  # numbers: the stride of x in 16 bytes
 HALVES = KINDS[:2]  # what the kernels multiply, and scales are held in
 TOO_LARGE = 2.0**16  # of a scale: csrc/cuda/finish.h multiplies them by 2^112 in bf16
 AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, SPLIT, DEQUANTIZE = range(8)  # paths
-# A product begins, with its weights, before its predecessor has ended (1), and asks L2 for more of them (2); 0: not.
-OVERLAP = 1
 ARENA = 1 << 20  # tickets for products in CUDA graphs
 
 
@@ -95,12 +93,10 @@ def unpack(packed: Packed, m: int, n: int, scheme: Scheme) -> Quantized:
     return q
 
 
-def linear(
-    x: Tensor, packed: Packed, bias: Tensor | None, m: int, scheme: Scheme, path: int = AUTO, overlap: int = OVERLAP
-) -> Tensor:
+def linear(x: Tensor, packed: Packed, bias: Tensor | None, m: int, scheme: Scheme, path: int = AUTO) -> Tensor:
     """As `reference.linear`: x [..., n], contiguous, of one of layout.KINDS, to [..., m] of the same.
 
-    `path` and `overlap` are those of llmquant_cuda.h; AUTO leaves the path to the library's table of tokens.
+    `path` is one of llmquant_cuda.h; AUTO leaves it to the library's table.
     """
     n = x.shape[-1]
     rows = x.reshape(-1, n)
@@ -115,7 +111,7 @@ def linear(
                     rows, lambda first, count: dequantize(packed, first, count, m, n, scheme, x.dtype), bias, y
                 )
             else:
-                _multiply(rows, packed._replace(scales=scales), bias, y, scheme, needs, path=path, overlap=overlap)
+                _multiply(rows, packed._replace(scales=scales), bias, y, scheme, needs, path)
     return y.view(*x.shape[:-1], m)
 
 
@@ -130,7 +126,7 @@ def dequantize(packed: Packed, first: int, count: int, m: int, n: int, scheme: S
 
 
 def _multiply(
-    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, scheme: Scheme, needs: tuple[int, int], **how: int
+    x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, scheme: Scheme, needs: tuple[int, int], path: int
 ) -> None:
     (tokens, m), n = y.shape, x.shape[1]
     scratch, tickets = needs
@@ -152,7 +148,8 @@ def _multiply(
         tickets=counts.data_ptr(),
         partials_bytes=scratch,
         tickets_count=len(counts),
-        **how,
+        path=path,
+        overlap=1,
     )
     _library().call("linear", ctypes.byref(task), _library().stream(x))
 

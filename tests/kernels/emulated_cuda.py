@@ -88,8 +88,11 @@ class Emulator:
         self.functions = ctypes.CDLL(str(library))
         self.functions.llmquant_cuda_message.restype = ctypes.c_char_p
 
-    def emulate(self, processors: int = 2, capability: int = 90, seed: int = 0, *, late: bool = False) -> None:
-        self.functions.llmquant_emulate(*map(ctypes.c_int64, (processors, capability, seed, late)))
+    def emulate(
+        self, processors: int = 2, capability: int = 90, seed: int = 0, *, late: bool = False, gpc: int | None = None
+    ) -> None:
+        """So many multiprocessors, `gpc` of them to a GPC: all."""
+        self.functions.llmquant_emulate(*map(ctypes.c_int64, (processors, gpc or processors, capability, seed, late)))
 
     def call(self, name: str, *arguments: object) -> int:
         function = getattr(self.functions, f"llmquant_cuda_{name}")
@@ -139,15 +142,13 @@ class Emulator:
         self.check("dequantize", ctypes.byref(packed.task), *numbers, ctypes.c_void_p(out.data_ptr()), None)
         return out
 
-    def linear(
-        self, x: Tensor, packed: Packed, bias: Tensor | None = None, path: int = AUTO, runs: int = 1, overlap: int = 0
-    ) -> Tensor:
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None = None, path: int = AUTO, runs: int = 1) -> Tensor:
         """The product, `runs` times into workspaces that were poisoned once; every run has the same bits."""
         tokens, n = x.shape
         held = guarded(x) if n % 8 == 0 else guarded(torch.nn.functional.pad(x, (0, -n % 8), value=torch.nan))
         bias = None if bias is None else guarded(bias)
         task = Linear(packed.task, held.data_ptr(), None if bias is None else bias.data_ptr(), tokens=tokens)
-        task.x_stride, task.kind, task.path, task.overlap = held.shape[1], KINDS.index(x.dtype), path, overlap
+        task.x_stride, task.kind, task.path, task.overlap = held.shape[1], KINDS.index(x.dtype), path, 1
         task.bias_kind = 0 if bias is None else KINDS.index(bias.dtype)
         room, count = self.sizes("workspace", task, 2)
         partials, tickets = (

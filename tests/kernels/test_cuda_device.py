@@ -67,17 +67,17 @@ def test_products(scheme: Scheme, dtype: torch.dtype, kernels: ModuleType) -> No
     ("path", "counts", "devices"),
     [
         (cuda.GEMV, (1, 8), range(80, 999)),
-        (cuda.CLUSTER, (1, 8, 16), range(90, 999)),
+        (cuda.CLUSTER, (1, 8), range(90, 999)),
         (cuda.PAIRS, (300, 700) if DEVICE == "cuda" else (70,), range(90, 91)),
         (cuda.SPLIT, (1, 16, 64, 200) if DEVICE == "cuda" else (1, 70), range(90, 91)),
     ],
     ids=["gemv", "cluster", "pairs", "split"],
 )
-@pytest.mark.parametrize(("m", "n"), [(200, 4096), (1000, 1000)] if DEVICE == "cuda" else [(100, 600)])
+@pytest.mark.parametrize(("m", "n"), [(200, 4096), (1000, 1000), (200, 200)] if DEVICE == "cuda" else [(100, 600)])
 def test_products_in_clusters(
     m: int, n: int, path: int, counts: tuple[int, ...], devices: range, dtype: torch.dtype, kernels: ModuleType
 ) -> None:
-    """Those not in the table yet are named, and gemv, which can ask L2 for more as `cluster` can."""
+    """By name: which of them the table chooses depends on the shape."""
     if kernels is not cuda:
         pytest.skip("Triton has no clusters")
     if DEVICE == "cuda":
@@ -92,7 +92,6 @@ def test_products_in_clusters(
         multiply = lambda: cuda.linear(x.to(DEVICE), held, bias.to(DEVICE), m, scheme, path)  # noqa: B023, E731
         y = multiply()
         assert relative_error(y.cpu(), x.double() @ w.real.T + bias.double()) < BOUND[dtype]
-        assert torch.equal(cuda.linear(x.to(DEVICE), held, bias.to(DEVICE), m, scheme, path, overlap=2), y)
         # The other shape is what compute-sanitizer sees, which is slow.
         assert all(torch.equal(multiply(), y) for _ in range(100 if n == 1000 else 1))
 
@@ -109,7 +108,7 @@ def test_the_error_is_no_larger_than_that_of_dequantizing(
     q = weight(scheme, 1, 32).q._replace(codes=codes, scales=scales, zeros=torch.full_like(scales, 8).byte())
     real = (codes.double() - 8) * scales.double().repeat_interleave(32, 1)
     held = kernels.pack(q, scheme)
-    for tokens in (1, 16, 64, 200):
+    for tokens in (1, 16, 64, 200, 600):
         x = rows(tokens, n, dtype).cuda()
         exact = x.double() @ real.T
         error = relative_error(kernels.linear(x, held, None, m, scheme), exact)

@@ -57,9 +57,8 @@ def linear(packed: Packed, **changes: int) -> Linear:
         ({"codes": 4}, ALIGNMENT),
         ({"x_stride": 132}, ALIGNMENT),
         ({"path": 9}, PATH),
-        ({"overlap": 3}, SIZE),
         ({"path": GEMV, "tokens": 9}, PATH),
-        ({"path": CLUSTER, "tokens": 17}, PATH),
+        ({"path": CLUSTER, "tokens": 9}, PATH),
         ({"path": PAIRS, "tokens": 64}, PATH),
         ({"path": GEMM, "tokens": 2**28, "rows": 2**28}, SIZE),
     ],
@@ -96,7 +95,7 @@ def test_slabs_are_inside_of_the_weight(emulator: Emulator, packed: Packed) -> N
     ("capability", "paths"),
     [
         (100, {1: GEMV, 8: GEMV, 9: GEMM, 512: GEMM, 513: DEQUANTIZE}),
-        (90, {1: GEMV, 8: GEMV, 9: WGMMA, 2048: WGMMA, 2049: DEQUANTIZE}),
+        (90, {1: GEMV, 8: GEMV, 9: WGMMA, 512: WGMMA, 513: PAIRS, 2**20: PAIRS}),
         (89, {8: GEMV, 9: GEMM, 256: GEMM, 257: DEQUANTIZE}),
         (80, {8: GEMV, 9: GEMM, 256: GEMM, 257: DEQUANTIZE}),
         (75, {1: OLD}),
@@ -108,13 +107,37 @@ def test_paths_by_tokens(emulator: Emulator, packed: Packed, capability: int, pa
     assert found == paths
 
 
-@pytest.mark.parametrize(("capability", "path"), [(90, WGMMA), (100, GEMV)])
-def test_the_path_of_a_large_weight(emulator: Emulator, packed: Packed, capability: int, path: int) -> None:
-    emulator.emulate(capability=capability)
-    sizes = {"rows": 1 << 14, "tokens": 1}
-    smaller, larger = (linear(packed, columns=n, x_stride=n, **sizes) for n in (1 << 13, (1 << 13) + 8))
-    assert emulator.call("path", ctypes.byref(smaller)) == GEMV
-    assert emulator.call("path", ctypes.byref(larger)) == path
+@pytest.mark.parametrize(
+    ("rows", "columns", "paths"),
+    [
+        (28672, 8192, {1: GEMV, 16: SPLIT, 64: WGMMA, 256: PAIRS}),
+        (8192, 8192, {1: CLUSTER, 16: WGMMA, 64: WGMMA, 256: SPLIT, 512: WGMMA, 1024: PAIRS}),
+        (14336, 4096, {1: CLUSTER, 16: SPLIT, 64: SPLIT, 256: WGMMA, 512: PAIRS}),
+        (4096, 14336, {1: GEMV, 16: WGMMA, 64: WGMMA, 512: SPLIT, 1024: WGMMA, 4096: PAIRS}),
+        (4096, 4096, {1: CLUSTER, 16: SPLIT, 64: SPLIT}),
+        (128256, 4096, {1: GEMV, 16: WGMMA, 64: WGMMA, 128: PAIRS}),
+    ],
+)
+def test_paths_by_shape(emulator: Emulator, packed: Packed, rows: int, columns: int, paths: dict[int, int]) -> None:
+    """As on an H100, but that its GPCs are not all of 18 multiprocessors and one of 6."""
+    emulator.emulate(132, gpc=18)
+    sizes = {"rows": rows, "columns": columns, "x_stride": columns}
+    found = {k: emulator.call("path", ctypes.byref(linear(packed, tokens=k, **sizes))) for k in paths}
+    assert found == paths
+
+
+def test_clusters_all_find_room(emulator: Emulator, packed: Packed) -> None:
+    """64 of two blocks do where GPCs are of 18 multiprocessors, and not of 17, of which one is left over."""
+    task = linear(packed, rows=8192, columns=8192, x_stride=8192, tokens=256)
+    for gpc, path in {18: SPLIT, 17: WGMMA}.items():
+        emulator.emulate(132, gpc=gpc)
+        assert emulator.call("path", ctypes.byref(task)) == path
+
+
+def test_what_cannot_be_counted_is_dequantized(emulator: Emulator, packed: Packed) -> None:
+    emulator.emulate()
+    task = linear(packed, tokens=2**28, rows=2**20)
+    assert emulator.call("path", ctypes.byref(task)) == DEQUANTIZE
 
 
 def test_clusters_are_of_newer_devices(emulator: Emulator, packed: Packed) -> None:

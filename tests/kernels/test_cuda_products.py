@@ -44,7 +44,6 @@ def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
         ("gemv", 5),
         ("gemv", 8),
         ("cluster", 5),
-        ("cluster", 13),
         ("gemm", 9),
         ("gemm", 20),
         ("gemm", 33),
@@ -80,7 +79,7 @@ def test_scales_of_any_size(emulator: Emulator, path: str, tokens: int, group: i
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(
     ("path", "tokens"),
-    [("gemv", 1), ("gemv", 3), ("cluster", 3), ("cluster", 16), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
+    [("gemv", 1), ("gemv", 3), ("cluster", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
     + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)]
     + [("split", tokens) for tokens in (1, 16, 64, 70)]
     + [("pairs", 70)],
@@ -122,7 +121,7 @@ def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int,
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
-@pytest.mark.parametrize("tokens", [1, 7, 13])
+@pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize(
     ("m", "n", "processors", "blocks"), [(300, 1000, 2, 1), (200, 1100, 2, 2), (128, 1100, 2, 4), (100, 2100, 4, 8)]
 )
@@ -133,7 +132,6 @@ def test_a_cluster_adds_up_a_tile(
     assert blocks * tiles <= 2 * processors
     assert 4 * blocks <= chunks
     assert 2 * blocks * tiles > 2 * processors or blocks == 8, "it would be twice as many"
-    processors *= 1 if tokens <= 8 else 2  # which then have one block each, and not two
     scheme = Scheme(4, 64, symmetric=False)
     q, x = random_weight(scheme, m, n), random_x(tokens, n, torch.bfloat16)
     bias, packed = torch.randn(m), emulator.pack(q, scheme, x.dtype)
@@ -143,17 +141,6 @@ def test_a_cluster_adds_up_a_tile(
         results.append(emulator.linear(x, packed, bias, CLUSTER, runs=2))
     assert_close(results[0], x, q, scheme, bias)
     assert all(torch.equal(results[0], y) for y in results)
-
-
-@pytest.mark.parametrize("path", ["gemv", "cluster"])
-@pytest.mark.parametrize("n", [33, 200, 640, 2100])
-def test_what_is_asked_of_l2_is_of_the_weight(emulator: Emulator, path: str, n: int) -> None:
-    scheme = Scheme(4, 32)
-    emulator.emulate(1)
-    q, x = random_weight(scheme, 128, n), random_x(2, n, torch.bfloat16)
-    packed = emulator.pack(q, scheme, x.dtype)
-    y, more = (emulator.linear(x, packed, path=PATHS[path], overlap=overlap) for overlap in (1, 2))
-    assert torch.equal(y, more)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])

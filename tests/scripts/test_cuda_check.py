@@ -9,7 +9,14 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cuda_check.py"
 sys.path.insert(0, str(SCRIPT.parent))
-from cuda_check import Kernel, find_disassembler, find_nvcc, has_fence_between_products  # noqa: E402
+from cuda_check import (  # noqa: E402
+    Kernel,
+    find_disassembler,
+    find_nvcc,
+    has_fence_between_products,
+    moves_addresses,
+    uses_sums_early,
+)
 
 
 def run(environment: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
@@ -37,17 +44,20 @@ def test_it_says_that_there_is_no_compiler(tmp_path: Path) -> None:
 
 def test_problems_are_found() -> None:
     counts = {"HMMA": 8, "HGMMA": 0, "LDSM": 2, "LDGSTS": 0, "LDG.128": 4, "UBLKCP": 2, "UTMALDG": 1, "local": 3}
-    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts, ahead=False, warned=False, fenced=True)
+    found = {"ahead": False, "warned": False, "fenced": True, "early": True, "moved": True}
+    kernel = Kernel("80", "_Z6stream", 128, 8, 12, counts, **found)
     assert kernel.problems("stream<Bf16, true>") == [
         "8 bytes of stack",
         "12 bytes spilled",
         "3 accesses to local memory",
         "no load before it waits",
         "a fence of the device in its loop",
+        "sums are used before they are there",
+        "addresses that are not known to be uniform",
         "no LDGSTS",
     ]
     none = dict.fromkeys(counts, 0)
-    plain = Kernel("80", "_Z4pack", 20, 0, 0, none, ahead=True, warned=False, fenced=False)
+    plain = Kernel("80", "_Z4pack", 20, 0, 0, none, **dict.fromkeys(found, False) | {"ahead": True})
     assert plain.problems("pack_codes") == []
     copies = none | {"UBLKCP": 1, "UTMALDG": 1}
     hopper = plain._replace(architecture="90a", name="_Z15multiply_groups", instructions=copies, warned=True)
@@ -67,3 +77,21 @@ def test_problems_are_found() -> None:
 )
 def test_a_fence_counts_where_it_stands_between_products(listing: str, found: bool) -> None:
     assert has_fence_between_products(listing) == found
+
+
+@pytest.mark.parametrize(
+    ("listing", "found"),
+    [
+        ("HGMMA.64x8x16.F32 R24 ; FMUL R2, R24, R1 ; WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", True),
+        ("HGMMA.64x8x16.F32 R24 ; HFMA2.BF16 R2, R3, R1 ; WARPGROUP.DEPBAR.LE gsb0, 0x0 ; FMUL R2, R24, R1 ;", False),
+        ("FMUL R2, R24, R1 ; HGMMA.64x8x16.F32 R24 ; WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", False),
+        ("FMUL R2, R24, R1 ;", False),
+    ],
+)
+def test_sums_are_not_used_before_they_are_awaited(listing: str, found: bool) -> None:
+    assert uses_sums_early(listing) == found
+
+
+def test_addresses_are_not_moved_between_products() -> None:
+    assert moves_addresses("HGMMA.64x8x16.F32 R24 ; R2UR UR4, R2 ; HGMMA.64x8x16.F32 R24 ;")
+    assert not moves_addresses("R2UR UR4, R2 ; HGMMA.64x8x16.F32 R24 ; UIADD3 UR4 ; HGMMA.64x8x16.F32 R24 ; R2UR UR4 ;")
