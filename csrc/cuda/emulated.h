@@ -227,6 +227,7 @@ int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
         m.failure = "more shared memory than a block has";
     std::mt19937 random(m.seed);
     const int cluster = max(launch.cluster, 1);
+    m.in_clusters = launch.cluster != 0;
     if (cluster > MOST_PARTS || launch.blocks % cluster) m.failure = "no whole clusters";
     std::vector<int> order(static_cast<std::size_t>(launch.blocks / cluster));
     std::iota(order.begin(), order.end(), 0);

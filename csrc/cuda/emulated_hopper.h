@@ -86,6 +86,7 @@ inline void await_cluster() {
 namespace emulated {
 
 inline Block& block_of(int rank) {
+    if (!machine().in_clusters) fail("a launch without clusters");  // an illegal instruction, on an H100
     if (rank < 0 || rank >= static_cast<int>(machine().cluster.size())) fail("a block outside of the cluster");
     Block& block = machine().cluster[static_cast<std::size_t>(rank)];
     if (!block.begun || block.ended()) fail("a block of the cluster that is not there");

@@ -99,6 +99,7 @@ struct Machine {
     bool late = false;  // copies arrive when they are waited for
 
     std::vector<Block> cluster;  // the blocks that run now
+    bool in_clusters = false;    // as the launch said, though it may be clusters of one
     Meeting all;                 // of their threads
     ucontext_t scheduler;
     int member = 0, running = 0;  // the block that has its turn, and its thread
