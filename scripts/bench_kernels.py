@@ -16,6 +16,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -126,8 +127,8 @@ def on_gpu(args: argparse.Namespace, shapes: Sequence[tuple[int, int]], tokens: 
             args.json.write_text(json.dumps(facts | rows, indent=1) + "\n")  # at once: a GPU's time may be over
         print("\n".join(gpu.table(found[before:], limits)), flush=True)
     print("\n".join(gpu.fastest(found)))
-    for one in refused:
-        print(f"{one.n}x{one.m}, {one.tokens} tokens: {one.backend} was not measured: {one.reason}")
+    for (backend, reason), count in Counter((one.backend, one.reason) for one in refused).items():
+        print(f"{backend}: {count} of its products were not measured: {reason}")
     with suppress(ModuleNotFoundError):  # a bare machine may lack matplotlib: the figures are in the file
         plot_speedups(found, facts, args.json.with_suffix(".svg"))
 

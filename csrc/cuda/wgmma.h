@@ -219,7 +219,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
 
 template <class T, bool ZEROS, int TOKENS, Team TEAM>
 auto kernel_of(int shift) -> void (*)(Task) {
-    return shift > 2 ? multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM> : multiply_groups<T, ZEROS, TOKENS, 2, TEAM>;
+    return shift > 2    ? multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM>
+           : shift == 2 ? multiply_groups<T, ZEROS, TOKENS, 4, TEAM>
+                        : multiply_groups<T, ZEROS, TOKENS, 2, TEAM>;
 }
 
 template <int COUNT_>
