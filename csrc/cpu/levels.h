@@ -24,6 +24,9 @@ namespace llmquant {
 struct Integers;
 struct TokenHeads;
 
+// Bytes of a panel that are asked for before a single token reads them, on this processor; 0: none.
+extern const int64_t ahead_of_reading;
+
 // rows.cpp, once for each instruction set, and tiles.cpp.
 struct LinearKernels {
     void (*to_integers)(const LlmquantLinear& task, const Integers& x, int64_t first, int64_t last);  // tokens

@@ -14,7 +14,6 @@ constexpr int panels_at_once(int rows) {
     return LANES == 8 && rows == 1 ? 2 : 1;
 }
 
-constexpr int64_t AHEAD = 1 << 11;   // bytes of a panel
 constexpr int64_t CACHED = 1 << 18;  // bytes of x that stay in the second-level cache while the panels pass
 
 template <int PLANES>
@@ -95,11 +94,11 @@ class Tile {
                 for (int p = 0; p < PANELS; ++p)
                     for (int v = 0; v < V; ++v) parts[0][plane][t][p][v] = begin(sums[plane][t].of[p][v]);
         const int8_t* at = x.planes + token * PLANES * stride;
-        const int64_t size = offset<BITS>(stride), ahead = min(AHEAD, size);
+        const int64_t size = offset<BITS>(stride), ahead = min(ahead_of_reading, size);
         const uint8_t* codes = task.codes + panel * size;
         for (int64_t column = from; column < to; column += 32 / BITS) {
-            // What is read next is asked for: a short panel ends before the processor has seen that it is a stream. At
-            // a panel's end that is the start of one of the next tile.
+            // What is read next is asked for, at a panel's end the start of one of the next tile; or else what is being
+            // read, which costs nothing.
             const int64_t next = offset<BITS>(column) + ahead < size ? ahead : ahead + (PANELS - 1) * size;
             Int low[PANELS][V], high[PANELS][V];
             for (int p = 0; p < PANELS; ++p)
