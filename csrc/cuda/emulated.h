@@ -58,7 +58,13 @@ inline float shuffle(float value, int lane, int width) {
     return own.taken;
 }
 
-inline int uniform(int value) { return value; }
+inline int uniform(int value) {
+    emulated::meet_warp(value, [](int** all) {
+        for (int lane = 1; lane < LANES; ++lane)
+            if (*all[lane] != *all[0]) emulated::fail("lanes that do not agree");
+    });
+    return value;
+}
 inline float shuffle_xor(float value, int mask) {
     return shuffle(value, emulated::machine().running % LANES ^ mask, LANES);
 }
