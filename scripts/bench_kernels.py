@@ -151,7 +151,10 @@ def plot_speedups(results: list[gpu.Result], facts: dict[str, Any], path: Path) 
 
 
 def on_cpu(args: argparse.Namespace, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> None:
-    found = [Result(**row) for row in json.loads(args.json.read_text())["results"]] if args.json.exists() else []
+    try:
+        found = [Result(**row) for row in json.loads(args.json.read_text())["results"]] if args.json.exists() else []
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"error: {args.json} holds no results of this benchmark; name another file, or remove it")
     for n, m in shapes:
         known = {result.tokens for result in found if (result.n, result.m) == (n, m)}
         left = [count for count in tokens if count not in known]

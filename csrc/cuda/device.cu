@@ -18,17 +18,8 @@ void count_clusters(int each, int shared_bytes, Clusters& at_once) {
     const int room = 2 * shared_bytes / (2 * each + 1);  // of a block: no more of them fit
     if (cudaFuncSetAttribute(do_nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, room)) return;
     for (int size = 1; size <= MOST_PARTS; size *= 2) {
-        cudaLaunchAttribute attributes[2] = {};
-        attributes[0].id = cudaLaunchAttributeClusterDimension;
-        attributes[0].val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-        attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-        attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(static_cast<unsigned>(size));
-        config.blockDim = dim3(LANES);
-        config.dynamicSmemBytes = static_cast<size_t>(room);
-        config.attrs = attributes;
-        config.numAttrs = each > 1 ? 2 : 1;
+        cudaLaunchAttribute attributes[3] = {};
+        const cudaLaunchConfig_t config = config_of({size, LANES, room, false, nullptr, size, each > 1}, attributes);
         if (cudaOccupancyMaxActiveClusters(&at_once[shift_of(size)], do_nothing, &config)) at_once[shift_of(size)] = 0;
     }
     cudaGetLastError();  // which a later launch would be blamed for

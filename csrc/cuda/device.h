@@ -233,14 +233,8 @@ struct Launch {
     bool dense = false;  // blocks of a cluster may share a multiprocessor, which leaves room for more of them
 };
 
-template <class Task>
-int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
-    if (launch.shared_bytes > 48 * 1024) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
-        if (error) return error;
-    }
-    cudaLaunchAttribute attributes[3] = {};
+// What CUDA is told of a launch; `attributes` has to stay as long as that.
+inline cudaLaunchConfig_t config_of(const Launch& launch, cudaLaunchAttribute (&attributes)[3]) {
     unsigned count = 0;
     if (launch.overlap) {
         attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -261,6 +255,18 @@ int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
     config.stream = static_cast<cudaStream_t>(launch.stream);
     config.attrs = attributes;
     config.numAttrs = count;
+    return config;
+}
+
+template <class Task>
+int64_t launch(void (*kernel)(Task), const Launch& launch, const Task& task) {
+    if (launch.shared_bytes > 48 * 1024) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+        if (error) return error;
+    }
+    cudaLaunchAttribute attributes[3] = {};
+    const cudaLaunchConfig_t config = config_of(launch, attributes);
     return cudaLaunchKernelEx(&config, kernel, task);
 }
 

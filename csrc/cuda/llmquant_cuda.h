@@ -27,7 +27,7 @@ enum { LLMQUANT_CUDA_BF16, LLMQUANT_CUDA_FP16, LLMQUANT_CUDA_FP32 };
 enum {
     LLMQUANT_CUDA_AUTO,       /* what the table of path.h says */
     LLMQUANT_CUDA_GEMV,       /* at most 8 tokens: the weights stream by once */
-    LLMQUANT_CUDA_CLUSTER,    /* at most 16, on sm_90 and later: as gemv, but blocks add up their sums in clusters */
+    LLMQUANT_CUDA_CLUSTER,    /* at most 8, on sm_90 and later: as gemv, but blocks add up their sums in clusters */
     LLMQUANT_CUDA_GEMM,       /* any number of tokens */
     LLMQUANT_CUDA_WGMMA,      /* any number of tokens, on sm_90 alone */
     LLMQUANT_CUDA_PAIRS,      /* the same for more than 64, and two blocks share what they read of the activations */

@@ -21,6 +21,7 @@ struct Choice {
 
 // The first that serves; where none does, the weights are dequantized.
 constexpr Choice CHOICES[] = {
+    // from, to, tokens, at_once, path, in_clusters, longer
     {90, 90, MOST_GEMV_TOKENS, false, LLMQUANT_CUDA_GEMV, LLMQUANT_CUDA_CLUSTER, 8},
     {90, 90, MOST_SINGLE_TOKENS, false, LLMQUANT_CUDA_WGMMA, LLMQUANT_CUDA_SPLIT, 4},
     {90, 90, ANY, true, LLMQUANT_CUDA_WGMMA, LLMQUANT_CUDA_SPLIT, 4},

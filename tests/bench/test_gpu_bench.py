@@ -77,6 +77,18 @@ def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
     assert ran.stderr.splitlines()[-1].endswith("sees no CUDA device")
 
 
+@pytest.mark.parametrize("held", ["", "{}", "[1]"], ids=["empty", "another", "a list"])
+def test_a_file_of_something_else_is_left_alone(held: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(held)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "bench_kernels.py"), str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: {path} holds no results of this benchmark; name another file, or remove it\n"
+    assert path.read_text() == held
+
+
 def test_the_plot_names_device_and_date(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     sys.path.insert(0, str(SCRIPTS))

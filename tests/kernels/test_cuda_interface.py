@@ -119,7 +119,7 @@ def test_paths_by_tokens(emulator: Emulator, packed: Packed, capability: int, pa
     ],
 )
 def test_paths_by_shape(emulator: Emulator, packed: Packed, rows: int, columns: int, paths: dict[int, int]) -> None:
-    """As on an H100, but that its GPCs are not all of 18 multiprocessors and one of 6."""
+    """Of 132 multiprocessors, as on an H100, but in seven GPCs of 18 and one of 6: its own are not known to be that."""
     emulator.emulate(132, gpc=18)
     sizes = {"rows": rows, "columns": columns, "x_stride": columns}
     found = {k: emulator.call("path", ctypes.byref(linear(packed, tokens=k, **sizes))) for k in paths}

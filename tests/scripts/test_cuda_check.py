@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,33 +66,24 @@ def test_problems_are_found() -> None:
     assert hopper._replace(architecture="80", warned=False).problems("multiply_groups<Bf16, false, 64, 0>") == []
 
 
-@pytest.mark.parametrize(
-    ("listing", "found"),
-    [
-        ("HGMMA.64x8x16.F32 R24 ; MEMBAR.ALL.GPU ; HGMMA.64x8x16.F32 R24 ;", True),
-        ("HMMA.16816.F32 R4 ; MEMBAR.SC.GPU ; HMMA.16816.F32 R4 ;", True),
-        ("HMMA.16816.F32 R4 ; MEMBAR.ALL.CTA ; HMMA.16816.F32 R4 ;", False),
-        ("MEMBAR.ALL.GPU ; HMMA.16816.F32 R4 ; HMMA.16816.F32 R4 ; MEMBAR.ALL.GPU ;", False),
-        ("MEMBAR.ALL.GPU ;", False),
-    ],
-)
-def test_a_fence_counts_where_it_stands_between_products(listing: str, found: bool) -> None:
-    assert has_fence_between_products(listing) == found
+FENCES, EARLY, MOVED = has_fence_between_products, uses_sums_early, moves_addresses
 
 
 @pytest.mark.parametrize(
-    ("listing", "found"),
+    ("check", "listing", "found"),
     [
-        ("HGMMA.64x8x16.F32 R24 ; FMUL R2, R24, R1 ; WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", True),
-        ("HGMMA.64x8x16.F32 R24 ; HFMA2.BF16 R2, R3, R1 ; WARPGROUP.DEPBAR.LE gsb0, 0x0 ; FMUL R2, R24, R1 ;", False),
-        ("FMUL R2, R24, R1 ; HGMMA.64x8x16.F32 R24 ; WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", False),
-        ("FMUL R2, R24, R1 ;", False),
+        (FENCES, "HGMMA.64x8x16.F32 R24 ; MEMBAR.ALL.GPU ; HGMMA.64x8x16.F32 R24 ;", True),
+        (FENCES, "HMMA.16816.F32 R4 ; MEMBAR.SC.GPU ; HMMA.16816.F32 R4 ;", True),
+        (FENCES, "HMMA.16816.F32 R4 ; MEMBAR.ALL.CTA ; HMMA.16816.F32 R4 ;", False),
+        (FENCES, "MEMBAR.ALL.GPU ; HMMA.16816.F32 R4 ; HMMA.16816.F32 R4 ; MEMBAR.ALL.GPU ;", False),
+        (FENCES, "MEMBAR.ALL.GPU ;", False),
+        (EARLY, "HGMMA.64x8x16.F32 R24 ; FMUL R2, R24, R1 ; WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", True),
+        (EARLY, "HGMMA.64x8x16.F32 R24 ; HFMA2.BF16 R2, R3, R1 ; DEPBAR.LE gsb0, 0x0 ; FMUL R2, R24, R1 ;", False),
+        (EARLY, "FMUL R2, R24, R1 ; HGMMA.64x8x16.F32 R24 ; WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", False),
+        (EARLY, "FMUL R2, R24, R1 ;", False),
+        (MOVED, "HGMMA.64x8x16.F32 R24 ; R2UR UR4, R2 ; HGMMA.64x8x16.F32 R24 ;", True),
+        (MOVED, "R2UR UR4, R2 ; HGMMA.64x8x16.F32 R24 ; UIADD3 UR4 ; HGMMA.64x8x16.F32 R24 ; R2UR UR4 ;", False),
     ],
 )
-def test_sums_are_not_used_before_they_are_awaited(listing: str, found: bool) -> None:
-    assert uses_sums_early(listing) == found
-
-
-def test_addresses_are_not_moved_between_products() -> None:
-    assert moves_addresses("HGMMA.64x8x16.F32 R24 ; R2UR UR4, R2 ; HGMMA.64x8x16.F32 R24 ;")
-    assert not moves_addresses("R2UR UR4, R2 ; HGMMA.64x8x16.F32 R24 ; UIADD3 UR4 ; HGMMA.64x8x16.F32 R24 ; R2UR UR4 ;")
+def test_a_listing_says_what_is_wrong(check: Callable[[str], bool], listing: str, found: bool) -> None:
+    assert check(listing) == found
