@@ -23,7 +23,7 @@ CUDA_LIBRARY = LIBRARY.with_name("llmquant_cuda.so")
 VARIABLE = "LLMQUANT_BACKEND"
 BACKENDS = ("native", "cuda", "triton", "reference")
 GPU_BACKENDS = ("cuda", "triton")  # the better one first
-ABI, CUDA_ABI = 5, 5
+ABI, CUDA_ABI = 6, 5
 OLDEST = (8, 0)  # compute capability that csrc/cuda and Triton serve
 
 

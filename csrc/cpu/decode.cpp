@@ -1,4 +1,4 @@
-// What a token needs besides products with packed weights, for the instruction set that the build names in
+// What tokens need besides products with packed weights, for the instruction set that the build names in
 // LLMQUANT_LEVEL.
 
 #include "decode.h"
@@ -97,11 +97,12 @@ void norm(const LlmquantStep& step, const float* state, const void* gain, float*
 }
 
 // Rotated by the position: halves of the head are the two coordinates.
-void rotate(const LlmquantStep& step, const float* from, float* to) {
-    const int64_t half = step.head_width / 2;
+void rotate(const LlmquantSequence& sequence, const float* from, int64_t width, float* to) {
+    const int64_t half = width / 2;
+    const float *cosines = sequence.cosines, *sines = sequence.sines;
     for (int64_t i = 0; i < half; ++i) {
-        to[i] = from[i] * step.cosines[i] - from[i + half] * step.sines[i];
-        to[i + half] = from[i + half] * step.cosines[i + half] + from[i] * step.sines[i + half];
+        to[i] = from[i] * cosines[i] - from[i + half] * sines[i];
+        to[i + half] = from[i + half] * cosines[i + half] + from[i] * sines[i + half];
     }
 }
 
@@ -113,26 +114,28 @@ float dot(const float* q, const void* from, int64_t at, int64_t width) {
 }
 
 template <int64_t KIND>
-void attend_to(const LlmquantStep& step, const LlmquantLayer& layer, const TokenHeads& heads, int64_t first,
-               int64_t last, float* scratch) {
-    const int64_t width = step.head_width, shared = step.heads / step.kv_heads, count = step.before + 1;
+void attend_to(const LlmquantStep& step, const LlmquantSequence& sequence, int64_t layer, const TokenHeads& heads,
+               int64_t first, int64_t last, float* scratch) {
+    const int64_t width = step.head_width, shared = step.heads / step.kv_heads;
+    const int64_t before = sequence.before, count = before + 1;
+    void *keys = sequence.keys[layer], *values = sequence.values[layer];
     float *q = scratch, *key = q + width, *out = key + width, *scores = out + width;
     for (int64_t head = first; head < last; ++head) {
-        const int64_t group = head / shared, start = group * step.capacity * width, now = start + step.before * width;
+        const int64_t group = head / shared, start = group * sequence.capacity * width, now = start + before * width;
         const float* value = heads.v + group * width;
-        rotate(step, heads.q + head * width, q);
-        rotate(step, heads.k + group * width, key);
+        rotate(sequence, heads.q + head * width, width, q);
+        rotate(sequence, heads.k + group * width, width, key);
         if (head % shared == 0)
             for (int64_t i = 0; i < width; i += PIECE) {
                 float numbers[2][PIECE];
                 __builtin_memcpy(numbers[0], key + i, sizeof numbers[0]);
                 __builtin_memcpy(numbers[1], value + i, sizeof numbers[1]);
-                write(numbers[0], layer.keys, KIND, now + i, PIECE);
-                write(numbers[1], layer.values, KIND, now + i, PIECE);
+                write(numbers[0], keys, KIND, now + i, PIECE);
+                write(numbers[1], values, KIND, now + i, PIECE);
             }
         // This token's key and value are taken from where they were computed: another thread may be writing them.
-        for (int64_t s = 0; s < step.before; ++s) scores[s] = dot<KIND>(q, layer.keys, start + s * width, width);
-        scores[step.before] = dot<LLMQUANT_FP32>(q, key, 0, width);
+        for (int64_t s = 0; s < before; ++s) scores[s] = dot<KIND>(q, keys, start + s * width, width);
+        scores[before] = dot<LLMQUANT_FP32>(q, key, 0, width);
         float most = scores[0];
         for (int64_t s = 1; s < count; ++s) most = scores[s] > most ? scores[s] : most;
         const int64_t whole = ceil_div(count, PIECE) * PIECE;
@@ -146,9 +149,9 @@ void attend_to(const LlmquantStep& step, const LlmquantLayer& layer, const Token
         const float inverse = 1.0f / sum(sums);
         for (int64_t i = 0; i < width; i += PIECE) {
             Piece piece = load_piece(value + i);
-            for (int v = 0; v < V; ++v) piece.of[v] *= scores[step.before];
-            for (int64_t s = 0; s < step.before; ++s) {
-                const Piece row = read_whole<KIND>(layer.values, start + s * width + i);
+            for (int v = 0; v < V; ++v) piece.of[v] *= scores[before];
+            for (int64_t s = 0; s < before; ++s) {
+                const Piece row = read_whole<KIND>(values, start + s * width + i);
                 for (int v = 0; v < V; ++v) piece.of[v] += row.of[v] * scores[s];
             }
             for (int v = 0; v < V; ++v) store(out + i + v * LANES, piece.of[v] * inverse);
@@ -157,14 +160,21 @@ void attend_to(const LlmquantStep& step, const LlmquantLayer& layer, const Token
     }
 }
 
-void attend(const LlmquantStep& step, const LlmquantLayer& layer, const TokenHeads& heads, int64_t first, int64_t last,
-            float* scratch) {
-    with_kind(step.kind, [&](auto kind) { attend_to<kind.value>(step, layer, heads, first, last, scratch); });
+void attend(const LlmquantStep& step, const LlmquantSequence& sequence, int64_t layer, const TokenHeads& heads,
+            int64_t first, int64_t last, float* scratch) {
+    with_kind(step.kind, [&](auto kind) { attend_to<kind.value>(step, sequence, layer, heads, first, last, scratch); });
 }
 
-// gate[i] = silu(gate[i]) * up[i]; both are in whole pieces.
+// gate[i] = silu(gate[i]) * up[i]
 void gated(float* gate, const float* up, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES) store(gate + i, silu(load<Float>(gate + i)) * load<Float>(up + i));
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(gate + i, silu(load<Float>(gate + i)) * load<Float>(up + i));
+    if (i == count) return;
+    float rest[2][LANES] = {};
+    copy(rest[0], gate + i, count - i);
+    copy(rest[1], up + i, count - i);
+    store(rest[0], silu(load<Float>(rest[0])) * load<Float>(rest[1]));
+    copy(gate + i, rest[0], count - i);
 }
 
 // ---- dense products
@@ -196,22 +206,24 @@ void dense_row(const LlmquantDense& task, int64_t token, int64_t row, float* y) 
     }
 }
 
+// Rows [first, first + count) of at most a piece, for TOKENS tokens.
 template <int64_t KIND, int TOKENS>
-void dense_rows(const LlmquantDense& task, int64_t token, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row += PIECE) {
-        float y[TOKENS][PIECE] = {};
-        const int64_t count = min(PIECE, last - row);
-        for (int64_t r = 0; r < count; ++r) dense_row<KIND, TOKENS>(task, token, row + r, &y[0][r]);
-        for (int t = 0; t < TOKENS; ++t) write(y[t], task.y, KIND, (token + t) * task.rows + row, count);
-    }
+void dense_rows(const LlmquantDense& task, int64_t token, int64_t first, int64_t count) {
+    float y[TOKENS][PIECE] = {};
+    for (int64_t r = 0; r < count; ++r) dense_row<KIND, TOKENS>(task, token, first + r, &y[0][r]);
+    for (int t = 0; t < TOKENS; ++t) write(y[t], task.y, KIND, (token + t) * task.rows + first, count);
 }
 
+// All tokens pass some rows while these are in the caches.
 void dense(const LlmquantDense& task, int64_t first, int64_t last) {
     with_kind(task.kind, [&](auto kind) {
-        int64_t token = 0;
-        for (; token + 4 <= task.tokens; token += 4) dense_rows<kind.value, 4>(task, token, first, last);
-        for (; token + 2 <= task.tokens; token += 2) dense_rows<kind.value, 2>(task, token, first, last);
-        if (token < task.tokens) dense_rows<kind.value, 1>(task, token, first, last);
+        for (int64_t row = first; row < last; row += PIECE) {
+            const int64_t count = min(PIECE, last - row);
+            int64_t token = 0;
+            for (; token + 4 <= task.tokens; token += 4) dense_rows<kind.value, 4>(task, token, row, count);
+            for (; token + 2 <= task.tokens; token += 2) dense_rows<kind.value, 2>(task, token, row, count);
+            if (token < task.tokens) dense_rows<kind.value, 1>(task, token, row, count);
+        }
     });
 }
 

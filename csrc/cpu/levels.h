@@ -11,7 +11,7 @@ struct LlmquantLinear;
 struct LlmquantStep;
 struct LlmquantColumns;
 struct LlmquantDense;
-struct LlmquantLayer;
+struct LlmquantSequence;
 
 LLMQUANT_EXPORT int64_t llmquant_abi();
 // The instruction sets that this machine can run, best first; null past the last.
@@ -45,10 +45,10 @@ struct DecodeKernels {
     void (*read)(const void* from, int64_t kind, int64_t count, float* to);
     void (*write)(const float* from, int64_t kind, int64_t count, void* to);
     void (*norm)(const LlmquantStep& step, const float* state, const void* gain, float* to);
-    // Attention of query heads [first, last) to the keys before and their own, which the first of those that share it
-    // writes behind the others. `scratch` has room for all scores and three heads.
-    void (*attend)(const LlmquantStep& step, const LlmquantLayer& layer, const TokenHeads& heads, int64_t first,
-                   int64_t last, float* scratch);
+    // Attention of a token's query heads [first, last) to the keys before and their own, which the first of those that
+    // share it writes behind the others. `scratch` has room for all scores and three heads.
+    void (*attend)(const LlmquantStep& step, const LlmquantSequence& sequence, int64_t layer, const TokenHeads& heads,
+                   int64_t first, int64_t last, float* scratch);
     void (*gated)(float* gate, const float* up, int64_t count);             // gate = silu(gate) * up
     void (*dense)(const LlmquantDense& task, int64_t first, int64_t last);  // rows
 };

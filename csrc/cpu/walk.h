@@ -1,4 +1,4 @@
-// A token's way through all layers, gone by several threads side by side.
+// The way of one token, or one of each of several sequences, through all layers, gone by several threads side by side.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 namespace llmquant {
 
 // Rows of the products are shared between the threads, and heads of the attention. What is little work each thread does
-// for itself: that takes less time than to wait for another. A result depends on its own row alone, so never on the
-// number of threads.
+// for itself: that takes less time than to wait for another. A result depends on its own row and token alone, so never
+// on the number of threads, nor on the other sequences.
 class Walk {
   public:
     // Raises bad_alloc if there is no memory for as many threads as the step asks for.
@@ -20,49 +20,55 @@ class Walk {
         : step(step_),
           decode(decode_),
           linear(linear_),
-          state(numbers(step.hidden)),
-          change(numbers(step.hidden)),
-          q(numbers(step.heads * step.head_width)),
-          k(numbers(step.kv_heads * step.head_width)),
-          v(numbers(step.kv_heads * step.head_width)),
-          attended(numbers(step.heads * step.head_width)),
-          gate(numbers(step.ffn)),
-          up(numbers(step.ffn)) {
+          state(numbers(step.sequence_count * whole(step.hidden))),
+          change(numbers(step.sequence_count * step.hidden)),
+          q(numbers(step.sequence_count * step.heads * step.head_width)),
+          k(numbers(step.sequence_count * step.kv_heads * step.head_width)),
+          v(numbers(step.sequence_count * step.kv_heads * step.head_width)),
+          attended(numbers(step.sequence_count * step.heads * step.head_width)),
+          gate(numbers(step.sequence_count * step.ffn)),
+          up(numbers(step.sequence_count * step.ffn)) {
+        int64_t most = 0;
+        for (int64_t t = 0; t < step.sequence_count; ++t) most = std::max(most, step.sequences[t].before);
         const int64_t widest = padded(std::max({step.hidden, step.ffn, step.heads * step.head_width}));
+        const int64_t tokens = (step.sequence_count + LLMQUANT_TILE - 1) / LLMQUANT_TILE * LLMQUANT_TILE;
         for (int64_t i = 0; i < step.threads; ++i)
-            own.push_back({numbers(step.hidden), numbers(step.before + 1 + 3 * step.head_width + LLMQUANT_PANEL),
-                           std::vector<int8_t>(static_cast<std::size_t>(2 * widest)), numbers(widest / LLMQUANT_CHUNK),
-                           std::vector<int32_t>(static_cast<std::size_t>(widest / LLMQUANT_CHUNK))});
+            own.push_back({numbers(step.sequence_count * step.hidden + LLMQUANT_PANEL),
+                           numbers(most + 1 + 3 * step.head_width + LLMQUANT_PANEL),
+                           std::vector<int8_t>(static_cast<std::size_t>(tokens * 2 * (widest + LLMQUANT_CHUNK))),
+                           numbers(tokens * widest / LLMQUANT_CHUNK),
+                           std::vector<int32_t>(static_cast<std::size_t>(tokens * widest / LLMQUANT_CHUNK))});
     }
 
     // To be called by each of `count` threads at the same time.
     void go(int64_t thread, int64_t count) {
         const Part part = {thread, count, own[static_cast<std::size_t>(thread)]};
-        if (thread == 0) decode.read(step.state, step.kind, step.hidden, state.data());
+        if (thread == 0)
+            for (int64_t t = 0; t < step.sequence_count; ++t)
+                decode.read(given(t), step.kind, step.hidden, state.data() + t * whole(step.hidden));
         wait();
         for (int64_t i = 0; i < step.layer_count; ++i) {
             const LlmquantLayer& layer = step.layers[i];
-            decode.norm(step, state.data(), layer.attention_gain, part.own.normed.data());
+            norm(layer.attention_gain, part);
             multiply({{layer.q, q}, {layer.k, k}, {layer.v, v}}, part.own.normed, part);
             wait();
-            decode.attend(step, layer, {q.data(), k.data(), v.data(), attended.data()}, step.heads * thread / count,
-                          step.heads * (thread + 1) / count, part.own.scratch.data());
+            attend(i, part);
             wait();
             multiply({{layer.out, change}}, attended, part);
             add_change(layer.out, part);
             wait();
-            decode.norm(step, state.data(), layer.mlp_gain, part.own.normed.data());
+            norm(layer.mlp_gain, part);
             multiply({{layer.gate, gate}, {layer.up, up}}, part.own.normed, part);
-            const Rows rows = share_of(layer.gate, part);
-            decode.gated(gate.data() + rows.first, up.data() + rows.first, rows.last - rows.first);
+            apply_gate(layer.gate, part);
             wait();
             multiply({{layer.down, change}}, gate, part);
             add_change(layer.down, part);
             wait();
         }
         if (thread == 0) {
-            decode.norm(step, state.data(), step.final_gain, part.own.normed.data());
-            decode.write(part.own.normed.data(), step.kind, step.hidden, step.state);
+            norm(step.final_gain, part);
+            for (int64_t t = 0; t < step.sequence_count; ++t)
+                decode.write(part.own.normed.data() + t * step.hidden, step.kind, step.hidden, given(t));
         }
     }
 
@@ -91,14 +97,24 @@ class Walk {
         Vector& y;
     };
 
-    static Vector numbers(int64_t count) {
-        return Vector(static_cast<std::size_t>((count + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL * LLMQUANT_PANEL));
-    }
+    static int64_t whole(int64_t count) { return (count + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL * LLMQUANT_PANEL; }
+
+    static Vector numbers(int64_t count) { return Vector(static_cast<std::size_t>(whole(count))); }
 
     static void wait() {
 #if defined(_OPENMP)
 #pragma omp barrier
 #endif
+    }
+
+    void* given(int64_t token) const {
+        return static_cast<char*>(step.states) + token * step.hidden * bytes_of(step.kind);
+    }
+
+    // The thread's own, of all states. What one of them leaves behind its end, the next one overwrites.
+    void norm(const void* gain, const Part& part) const {
+        for (int64_t t = 0; t < step.sequence_count; ++t)
+            decode.norm(step, state.data() + t * whole(step.hidden), gain, part.own.normed.data() + t * step.hidden);
     }
 
     // This thread's rows of the linears that share the input x, which it brings to integers as their groups ask for.
@@ -109,27 +125,48 @@ class Walk {
             LlmquantLinear task = product.weight;
             task.x = x.data();
             task.y = product.y.data();
-            task.tokens = 1;
+            task.tokens = step.sequence_count;
             task.x_kind = LLMQUANT_FP32;
             if (!known || block_of(*known) != block_of(task) || known->planes != task.planes)
-                linear.to_integers(task, integers, 0, 1);
+                linear.to_integers(task, integers, 0, task.tokens);
             known = &product.weight;
             const int64_t panels = panels_of(task);
             linear.multiply(task, integers, panels * part.thread / part.count, panels * (part.thread + 1) / part.count);
         }
     }
 
-    // The rows of y that `multiply` gives a thread, in whole panels.
+    // The rows of y that `multiply` gives a thread: whole panels, but for the last.
     static Rows share_of(const LlmquantLinear& weight, const Part& part) {
         const int64_t panels = panels_of(weight);
         return {panels * part.thread / part.count * LLMQUANT_PANEL,
-                panels * (part.thread + 1) / part.count * LLMQUANT_PANEL};
+                std::min(weight.rows, panels * (part.thread + 1) / part.count * LLMQUANT_PANEL)};
+    }
+
+    // This thread's heads, of all tokens.
+    void attend(int64_t layer, const Part& part) {
+        const int64_t inner = step.heads * step.head_width, kv = step.kv_heads * step.head_width;
+        for (int64_t t = 0; t < step.sequence_count; ++t)
+            decode.attend(step, step.sequences[t], layer,
+                          {q.data() + t * inner, k.data() + t * kv, v.data() + t * kv, attended.data() + t * inner},
+                          step.heads * part.thread / part.count, step.heads * (part.thread + 1) / part.count,
+                          part.own.scratch.data());
+    }
+
+    void apply_gate(const LlmquantLinear& weight, const Part& part) {
+        const Rows rows = share_of(weight, part);
+        for (int64_t t = 0; t < step.sequence_count; ++t) {
+            const int64_t first = t * step.ffn + rows.first;
+            decode.gated(gate.data() + first, up.data() + first, rows.last - rows.first);
+        }
     }
 
     void add_change(const LlmquantLinear& weight, const Part& part) {
         const Rows rows = share_of(weight, part);
-        for (auto i = static_cast<std::size_t>(rows.first); i < static_cast<std::size_t>(rows.last); ++i)
-            state[i] += change[i];
+        for (int64_t t = 0; t < step.sequence_count; ++t) {
+            float* to = state.data() + t * whole(step.hidden);
+            const float* from = change.data() + t * step.hidden;
+            for (int64_t i = rows.first; i < rows.last; ++i) to[i] += from[i];
+        }
     }
 
     const LlmquantStep& step;

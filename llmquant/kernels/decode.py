@@ -1,8 +1,9 @@
-"""A single token through all packed layers of a model, by the native library; see csrc/cpu/decode.h."""
+"""The next tokens of some sequences through all packed layers of a model, natively; see csrc/cpu/decode.h."""
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,12 +38,46 @@ class Block:
     mlp_gain: Tensor
 
 
+class Buffers:
+    """Keys and values of a sequence: for each layer [kv_heads, capacity, head_width], contiguous."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self.keys, self.values = keys, values
+        self.capacity = int(keys[0].shape[-2])
+        pointers = ctypes.c_void_p * len(keys)
+        self.pointers = tuple(pointers(*(tensor.data_ptr() for tensor in side)) for side in (keys, values))
+
+
+class Place(NamedTuple):
+    """Where a token goes.
+
+    Attributes:
+        before: keys and values that the buffers hold; those of the token are put behind them.
+        cosines, sines: fp32 [head_width], of the token's position.
+    """
+
+    buffers: Buffers
+    before: int
+    cosines: Tensor
+    sines: Tensor
+
+
 class _Layer(ctypes.Structure):
     """`LlmquantLayer`."""
 
     _fields_ = [
         *((name, Task) for name in LINEARS),
-        *((name, ctypes.c_void_p) for name in ("attention_gain", "mlp_gain", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("attention_gain", "mlp_gain")),
+    ]
+
+
+class _Sequence(ctypes.Structure):
+    """`LlmquantSequence`."""
+
+    _fields_ = [
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
+        *((name, ctypes.c_int64) for name in ("before", "capacity")),
     ]
 
 
@@ -51,9 +86,10 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in ("final_gain", "cosines", "sines", "state")),
-        *((name, ctypes.c_int64) for name in ("layer_count", "hidden", "ffn", "heads", "kv_heads", "head_width")),
-        *((name, ctypes.c_int64) for name in ("before", "capacity", "kind")),
+        ("sequences", ctypes.POINTER(_Sequence)),
+        *((name, ctypes.c_void_p) for name in ("final_gain", "states")),
+        *((name, ctypes.c_int64) for name in ("layer_count", "sequence_count", "hidden", "ffn", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("head_width", "kind")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
         *((name, ctypes.c_int64) for name in ("threads", "level")),
     ]
@@ -92,26 +128,25 @@ class Steps:
             level=level,
         )
 
-    def hold(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Use these buffers, one of [kv_heads, capacity, head_width] for each layer; the caller keeps them alive."""
-        for layer, k, v in zip(self._layers, keys, values, strict=True):
-            layer.keys, layer.values = k.data_ptr(), v.data_ptr()
-        self._step.capacity = keys[0].shape[-2]
+    def take(self, states: Tensor, places: Sequence[Place]) -> None:
+        """Replace `states` [tokens, hidden], embeddings, by the normed states after the last layer.
 
-    def take(self, state: Tensor, cosines: Tensor, sines: Tensor, before: int) -> None:
-        """Replace `state` [hidden], the embedding of a token, by the normed state after the last layer.
-
-        Args:
-            cosines, sines: fp32 [head_width], of the token's position.
-            before: keys and values that the buffers hold; those of the token are put behind them.
+        Each token is of a sequence of its own, and what it becomes does not depend on the others.
         """
+        for place in places:
+            if not 0 <= place.before < place.buffers.capacity:
+                raise ValueError(f"there is no room for key {place.before} of {place.buffers.capacity}")
         step = self._step
-        if not 0 <= before < step.capacity:
-            raise ValueError(f"there is no room for key {before} of {step.capacity}")
-        step.state, step.cosines, step.sines = state.data_ptr(), cosines.data_ptr(), sines.data_ptr()
-        step.before, step.threads = before, torch.get_num_threads()
+        step.sequences = (_Sequence * len(places))(*map(_sequence, places))
+        step.sequence_count, step.states = len(places), states.data_ptr()
+        step.threads = torch.get_num_threads()
         if self._function(ctypes.byref(step)):
-            raise MemoryError(f"no memory for attention to {before} keys")
+            raise MemoryError(f"no memory for {len(places)} tokens, after {max(place.before for place in places)} keys")
+
+
+def _sequence(place: Place) -> _Sequence:
+    (keys, values), buffers = place.buffers.pointers, place.buffers
+    return _Sequence(keys, values, place.cosines.data_ptr(), place.sines.data_ptr(), place.before, buffers.capacity)
 
 
 def _layer(block: Block) -> _Layer:

@@ -1,10 +1,11 @@
 """Single tokens by the native library, inside of a transformers model of the Llama family.
 
 Prompts, batches, sampling and whatever else is not one more token of one sequence stay with transformers. So does the
-cache: it remains a `DynamicCache`, whose tensors become views of buffers that have room to grow.
+cache: it remains a `DynamicCache`, whose tensors become views of buffers that have room to grow. `next_logits` takes
+one more token of several sequences at once, each with a cache of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from threading import Lock
@@ -19,13 +20,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmquant.kernels import ops  # noqa: F401  (defines torch.ops.llmquant)
 from llmquant.kernels.cpu import PLANES
-from llmquant.kernels.decode import HEAD_MULTIPLE, Block, Steps, Weight
+from llmquant.kernels.decode import HEAD_MULTIPLE, Block, Buffers, Place, Steps, Weight
 from llmquant.kernels.layout import KINDS
 from llmquant.native import Library, find_library
 from llmquant.runtime.linear import QuantLinear
 
 # Whose layers are those of csrc/cpu/decode.h, with the modules below in them.
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model")
+CAUSAL = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # and nothing comes after whose head
 LINEARS = (
     *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
@@ -41,18 +43,22 @@ ROOM = 256  # keys that a buffer begins with
 class Head(nn.Linear):
     """The output head, whose weight is not packed: what it takes for a few tokens is the time to read it."""
 
+    def reads(self, dtype: torch.dtype) -> bool:
+        """Whether the native product serves activations of this dtype on the CPU."""
+        return self.weight.dtype == dtype in KINDS and self.weight.device.type == "cpu" and self.bias is None
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        alike = x.dtype == weight.dtype in KINDS and x.device.type == weight.device.type == "cpu"
-        if alike and not tracked and self.bias is None and 0 < x.numel() <= FEW * self.in_features:
+        few = x.device.type == "cpu" and 0 < x.numel() <= FEW * self.in_features
+        if few and not tracked and self.reads(x.dtype):
             return DENSE(x.contiguous(), weight)
         # Flat: torch copies the whole weight for the product with a slice of a batch.
         flat = nn.functional.linear(x.reshape(-1, self.in_features), weight, self.bias)
         return flat.view(*x.shape[:-1], self.out_features)
 
 
-class _Place(NamedTuple):
+class _Module(NamedTuple):
     """A module in its place, which is an entry of another one's modules."""
 
     modules: dict[str, nn.Module | None]
@@ -60,12 +66,19 @@ class _Place(NamedTuple):
     module: nn.Module
 
 
+class _Token(NamedTuple):
+    """One more of a sequence whose cache holds `before` keys."""
+
+    cache: Any
+    before: int
+    position: int
+
+
 @dataclass
 class _Room:
     """Keys and values of one cache: buffers [1, kv_heads, capacity, head_width] for each layer."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    buffers: Buffers
     views: list[tuple[Tensor, Tensor]]  # that the cache was last given
 
 
@@ -77,12 +90,11 @@ class Decoder:
         self._forward = type(base).forward
         self._steps: Steps | None = None
         self._state: tuple[Any, ...] = ()
-        self._places: list[_Place] = []
+        self._modules: list[_Module] = []
         self._linears: list[QuantLinear] = []  # that stand there
         self._rotation: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self._rooms: WeakKeyDictionary[DynamicCache, _Room] = WeakKeyDictionary()
-        self._held: _Room | None = None  # that the native steps point to
-        self._one = Lock()  # the native steps are those of one token at a time
+        self._one = Lock()  # the native steps are one call's at a time
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies begin anew: what is kept here points to the tensors of the original."""
@@ -96,8 +108,25 @@ class Decoder:
         if not args and not torch.compiler.is_compiling():
             with self._one:
                 if self._serves(cache, kwargs) and (before := self._length(cache)):
-                    return self._take(cache, before, kwargs)
+                    positions = kwargs.get("position_ids")
+                    position = before if positions is None else int(positions.reshape(-1)[-1])
+                    states = self._take(kwargs["input_ids"].reshape(1), [_Token(cache, before, position)])
+                    result: dict[str, Any] = {"last_hidden_state": states.unsqueeze(0), CACHE: cache}
+                    return BaseModelOutputWithPast(**result)
         return self._forward(self._base, *args, **kwargs)
+
+    def together(self, ids: Tensor, caches: Sequence[Any]) -> Tensor | None:
+        """States [tokens, hidden] after one more token of each of several sequences, as a call gives each alone.
+
+        None if there are none that the native steps serve; the caches then hold what they held.
+        """
+        with self._one:
+            if torch.is_grad_enabled() or any(type(cache) is not DynamicCache for cache in caches):
+                return None
+            lengths = [self._length(cache) for cache in caches]
+            if not all(lengths) or not self._ready():
+                return None
+            return self._take(ids, [_Token(*each) for each in zip(caches, lengths, lengths, strict=True)])
 
     def _serves(self, cache: Any, asked: dict[str, Any]) -> bool:
         """Whether this is one more token of one sequence, and nothing but its state is asked for."""
@@ -121,10 +150,10 @@ class Decoder:
 
     def _ready(self) -> bool:
         """Whether the native steps are those of the model as it is now."""
-        if self._now() != self._state or not _stand(self._places):
-            self._places = list(_places(self._base))
-            self._linears = [place.module for place in self._places if isinstance(place.module, QuantLinear)]
-            free = _stand(self._places)
+        if self._now() != self._state or not _stand(self._modules):
+            self._modules = list(_modules(self._base))
+            self._linears = [place.module for place in self._modules if isinstance(place.module, QuantLinear)]
+            free = _stand(self._modules)
             self._steps = self._build() if free else None
             self._state = self._now() if free else ()  # who listens may leave: look again
         return self._steps is not None
@@ -147,7 +176,6 @@ class Decoder:
         if dtype not in KINDS or any(gain.dtype != dtype or gain.device.type != "cpu" for gain in gains):
             return None
         self._rooms.clear()
-        self._held = None
         blocks = [
             Block(tuple(map(_weight, row)), layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
             for row, layer in zip(linears, layers, strict=True)
@@ -156,36 +184,39 @@ class Decoder:
         eps, scale = base.norm.variance_epsilon, attention.scaling
         return Steps(library, blocks, base.norm.weight, head_width=attention.head_dim, eps=eps, scale=scale)
 
-    def _take(self, cache: Any, before: int, asked: dict[str, Any]) -> BaseModelOutputWithPast:
-        assert self._steps is not None  # noqa: S101  (`_serves` has seen to it)
-        room = self._room(cache, before)
-        positions = asked.get("position_ids")
-        position = before if positions is None else int(positions.reshape(-1)[-1])
-        cosines, sines = self._rotated(position)
-        state = self._base.embed_tokens(asked["input_ids"]).reshape(-1).clone()
-        self._steps.take(state, cosines[position], sines[position], before)
-        for i, layer in enumerate(cache.layers):
-            layer.keys, layer.values = room.views[i] = (
-                room.keys[i].narrow(2, 0, before + 1),
-                room.values[i].narrow(2, 0, before + 1),
-            )
-        result: dict[str, Any] = {"last_hidden_state": state.view(1, 1, -1), CACHE: cache}
-        return BaseModelOutputWithPast(**result)
+    def _take(self, ids: Tensor, tokens: Sequence[_Token]) -> Tensor:
+        """States [tokens, hidden] after these tokens, which their caches then hold."""
+        assert self._steps is not None  # noqa: S101  (`_ready` has seen to it)
+        rooms = [self._room(token) for token in tokens]
+        cosines, sines = self._rotated(max(token.position for token in tokens))
+        states = self._base.embed_tokens(ids).to(self._base.norm.weight.dtype, copy=True)
+        self._steps.take(
+            states,
+            [
+                Place(room.buffers, token.before, cosines[token.position], sines[token.position])
+                for room, token in zip(rooms, tokens, strict=True)
+            ],
+        )
+        for room, token in zip(rooms, tokens, strict=True):
+            for i, layer in enumerate(token.cache.layers):
+                layer.keys, layer.values = room.views[i] = (
+                    room.buffers.keys[i].narrow(2, 0, token.before + 1),
+                    room.buffers.values[i].narrow(2, 0, token.before + 1),
+                )
+        return states
 
-    def _room(self, cache: Any, before: int) -> _Room:
+    def _room(self, token: _Token) -> _Room:
         """Buffers that hold what the cache holds, and have room for one more."""
-        assert self._steps is not None  # noqa: S101
-        room = self._rooms.get(cache)
+        layers, room = token.cache.layers, self._rooms.get(token.cache)
         own = room is not None and all(
             layer.keys is keys and layer.values is values
-            for layer, (keys, values) in zip(cache.layers, room.views, strict=True)
+            for layer, (keys, values) in zip(layers, room.views, strict=True)
         )
-        if room is None or not own or before >= room.keys[0].shape[2]:
-            keys, values = ([_copied(getattr(layer, name)) for layer in cache.layers] for name in ("keys", "values"))
-            room = self._rooms[cache] = _Room(keys, values, [(layer.keys, layer.values) for layer in cache.layers])
-        if room is not self._held:
-            self._steps.hold([keys[0] for keys in room.keys], [values[0] for values in room.values])
-            self._held = room
+        if room is None or not own or token.before >= room.buffers.capacity:
+            dtype = self._base.norm.weight.dtype
+            keys, values = ([_copied(getattr(layer, name), dtype) for layer in layers] for name in ("keys", "values"))
+            room = _Room(Buffers(keys, values), [(layer.keys, layer.values) for layer in layers])
+            self._rooms[token.cache] = room
         return room
 
     def _rotated(self, position: int) -> tuple[Tensor, Tensor]:
@@ -197,34 +228,38 @@ class Decoder:
         return self._rotation
 
 
-def _copied(states: Tensor) -> Tensor:
+def _copied(states: Tensor, dtype: torch.dtype) -> Tensor:
     """A buffer that begins with these keys or values and has room for as many again."""
     _, heads, length, width = states.shape
-    buffer = states.new_zeros(1, heads, 2 * max(length, ROOM // 2), width)
+    buffer = states.new_zeros(1, heads, 2 * max(length, ROOM // 2), width, dtype=dtype)
     buffer[:, :, :length] = states
     return buffer
 
 
-def _stand(places: list[_Place]) -> bool:
+def _stand(modules: list[_Module]) -> bool:
     """Whether each is where it was, and nobody listens to it; otherwise transformers has to be called."""
-    for modules, name, module in places:  # every token passes here: 0.1 us each
-        if modules.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
+    for place, name, module in modules:  # every token passes here: 0.1 us each
+        if place.get(name) is not module or _is_heard(module):
             return False
     return True
 
 
-def _places(base: Any) -> Iterator[_Place]:
+def _is_heard(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _modules(base: Any) -> Iterator[_Module]:
     """Every module that the native steps do the work of."""
-    yield _Place(base._modules, "norm", base.norm)
+    yield _Module(base._modules, "norm", base.norm)
     for index, layer in base.layers._modules.items():
-        yield _Place(base.layers._modules, index, layer)
+        yield _Module(base.layers._modules, index, layer)
         for name in NORMS:
-            yield _Place(layer._modules, name, layer._modules[name])
+            yield _Module(layer._modules, name, layer._modules[name])
         for owner in dict.fromkeys(owner for owner, _ in LINEARS):
-            yield _Place(layer._modules, owner, layer._modules[owner])
+            yield _Module(layer._modules, owner, layer._modules[owner])
         for owner, name in LINEARS:
             inner = layer._modules[owner]
-            yield _Place(inner._modules, name, inner._modules[name])
+            yield _Module(inner._modules, name, inner._modules[name])
 
 
 def _weight(linear: QuantLinear) -> Weight:
@@ -245,3 +280,20 @@ def use_decoder(model: PreTrainedModel) -> None:
     served = type(base).__name__ in FAMILIES and plain and width % HEAD_MULTIPLE == 0
     if served and isinstance(find_library(), Library):
         base.forward = Decoder(base)
+
+
+def next_logits(model: PreTrainedModel, ids: Sequence[int], caches: Sequence[Any]) -> Tensor | None:
+    """Logits [tokens, vocab] of what comes after one more token of each of several sequences.
+
+    Each has a cache of its own, which then holds its token, and is given the same logits, bit for bit, whatever the
+    others are. None where transformers has to be called: the caches then hold what they held.
+    """
+    base: Any = model.base_model
+    head, decoder = model.get_output_embeddings(), vars(base).get("forward")
+    known = type(model).__name__ in CAUSAL and "forward" not in vars(model)
+    if not known or not isinstance(decoder, Decoder) or type(head) is not Head:
+        return None
+    if any(map(_is_heard, (model, base, head))) or not head.reads(base.norm.weight.dtype):
+        return None
+    states = decoder.together(torch.tensor(ids), caches)
+    return None if states is None else DENSE(states, head.weight)

@@ -1,15 +1,15 @@
-"""One token of every request in turn, in a thread of its own.
+"""One token of every request at a time, in a thread of its own.
 
-Each request has its own cache and is computed by itself, so that an answer does not depend on what else is asked: with
+Each request has its own cache. Their next tokens pass the model together where its native steps serve, which give each
+the same bits as alone, and otherwise one after the other. So an answer does not depend on what else is asked: with
 temperature 0 or a seed it is the same whether the server is busy or not, and what fails fails alone.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from llmquant.runtime.decode import CACHE
+from llmquant.runtime.decode import CACHE, next_logits
 from llmquant.server.reader import Reader
 from llmquant.server.sampling import Sampler, Sampling
 
@@ -61,9 +61,41 @@ class Full(Exception):
     """As many requests wait as may wait."""
 
 
-class _Turn(NamedTuple):
-    job: Job
-    steps: Iterator[Progress | None]
+class _Turn:
+    """A request that is being computed.
+
+    Attributes:
+        cache: what the model has been given of `ids`, `held` tokens.
+        ids: the prompt and the answer so far.
+    """
+
+    def __init__(self, job: Job, sampler: Sampler, reader: Reader, cache: Any) -> None:
+        self.job, self.cache = job, cache
+        self.ids, self.held = list(job.ids), 0
+        self._sampler, self._reader = sampler, reader
+
+    @property
+    def due(self) -> list[int]:
+        """Tokens that the model is to be given next."""
+        return self.ids[self.held : self.held + CHUNK]
+
+    @property
+    def writes(self) -> bool:
+        """Whether that is one token, after others."""
+        return 0 < self.held == len(self.ids) - 1
+
+    def take(self, logits: Tensor, ends: frozenset[int]) -> Progress | None:
+        """One more token by the logits [vocab] after those that were due; None while there is more of the prompt."""
+        self.held += len(self.due)
+        if self.held < len(self.ids):
+            return None
+        token = self._sampler.choose(logits, self.ids)
+        self.ids.append(token)
+        text = "" if token in ends else self._reader.read(token)
+        stopped = token in ends or self._reader.stopped
+        full = len(self.ids) == self.job.tokens
+        finished = "stop" if stopped else "length" if full else None
+        return Progress(text + (self._reader.rest() if finished else ""), finished)
 
 
 class Engine:
@@ -117,7 +149,9 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._admit():
-                self.active = [turn for turn in self.active if self._advance(turn)]
+                turns = [turn for turn in self.active if not turn.job.cancelled.is_set()]
+                together = self._together([turn for turn in turns if turn.writes])
+                self.active = [turn for turn in turns if self._advance(turn, together.get(turn))]
 
     def _admit(self) -> bool:
         """Wait until there is something to do; False if there never will be."""
@@ -128,18 +162,27 @@ class Engine:
                 if not job.cancelled.is_set():
                     if self.reserved + job.tokens > self.room:
                         break  # and nobody overtakes it: it would never have its turn
-                    self.active.append(_Turn(job, self._steps(job)))
+                    self.active.append(self._turn(job))
                 self.waiting.popleft()
             return not self._closed
 
-    def _advance(self, turn: _Turn) -> bool:
+    def _turn(self, job: Job) -> _Turn:
+        reader = Reader(self._tokenizer, job.stops)
+        return _Turn(job, Sampler(job.sampling), reader, DynamicCache(config=self._model.config))
+
+    def _together(self, turns: Sequence[_Turn]) -> dict[_Turn, Tensor]:
+        """The logits [vocab] after the token of each that is due; none where they cannot be computed together."""
+        if turns:
+            with suppress(Exception):  # of one of them: each fails by itself
+                logits = next_logits(self._model, [*(turn.ids[-1] for turn in turns)], [turn.cache for turn in turns])
+                return {} if logits is None else dict(zip(turns, logits, strict=True))
+        return {}
+
+    def _advance(self, turn: _Turn, logits: Tensor | None) -> bool:
         """One token, or one more part of the prompt; whether there is more to come."""
-        job, steps = turn
-        if job.cancelled.is_set():
-            return False
         event: Event | None
         try:
-            event = next(steps)
+            event = turn.take(self._forward(turn) if logits is None else logits, self._ends)
         except Exception as error:  # whatever it is, it is this request's and must not end the others
             event = error.with_traceback(None)  # which would keep the cache
             if isinstance(error, torch.OutOfMemoryError):
@@ -147,28 +190,11 @@ class Engine:
         if event is None:
             return True
         with suppress(RuntimeError):  # who asked is gone, and its event loop with it
-            job.tell(event)
+            turn.job.tell(event)
         return isinstance(event, Progress) and event.finished is None
 
-    def _steps(self, job: Job) -> Iterator[Progress | None]:
-        """Each new token, and None for each part of the prompt but the last."""
-        sampler, reader = Sampler(job.sampling), Reader(self._tokenizer, job.stops)
-        cache, ids = DynamicCache(config=self._model.config), list(job.ids)
-        for start in range(0, len(ids), CHUNK):
-            if start:
-                yield None
-            logits = self._forward(ids[start : start + CHUNK], cache)
-        for made in count(1):
-            token = sampler.choose(logits, ids)
-            ids.append(token)
-            text = "" if token in self._ends else reader.read(token)
-            stopped = token in self._ends or reader.stopped
-            finished = "stop" if stopped else "length" if made == job.most else None
-            yield Progress(text + (reader.rest() if finished else ""), finished)
-            logits = self._forward([token], cache)
-
-    def _forward(self, ids: list[int], cache: Any) -> Tensor:
-        """The logits [vocab] of what comes after these tokens, which follow those in the cache."""
-        x = torch.tensor([ids], device=self._model.device)
-        out: Any = self._model(input_ids=x, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+    def _forward(self, turn: _Turn) -> Tensor:
+        """The logits [vocab] after what is due, by transformers."""
+        x = torch.tensor([turn.due], device=self._model.device)
+        out: Any = self._model(input_ids=x, use_cache=True, logits_to_keep=1, **{CACHE: turn.cache})
         return out.logits[0, -1]

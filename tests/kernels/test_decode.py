@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from llmquant.kernels import ops  # noqa: F401  (registers the operators)
 from llmquant.kernels.cpu import Native
-from llmquant.kernels.decode import LINEARS, Block, Steps
+from llmquant.kernels.decode import LINEARS, Block, Buffers, Place, Steps
 from llmquant.kernels.decode import Weight as Operand
 from llmquant.native import LIBRARY, Library
 from llmquant.scheme import Scheme
@@ -115,13 +115,12 @@ def compare(made: Model, kind: torch.dtype, hidden: int, before: int, tokens: in
     shape = made.kv_heads, before + tokens, made.width
     buffers = [[torch.randn(shape, generator=generator).to(kind) for _ in made.weights] for _ in range(2)]
     keys, values = ([buffer[:, :before].double() for buffer in side] for side in buffers)
-    made.steps.hold(*buffers)
-    errors = []
+    room, errors = Buffers(*buffers), []
     for i in range(tokens):
         state = torch.randn(hidden, generator=generator).to(kind)
         cosines, sines = rotation(made.width, before + i)
         expected = made.step(state.double(), cosines.double(), sines.double(), keys, values)
-        made.steps.take(state, cosines, sines, before + i)
+        made.steps.take(state, [Place(room, before + i, cosines, sines)])
         errors.append(float((state.double() - expected).norm() / expected.norm()))
     for written, wanted in zip(buffers[0] + buffers[1], keys + values, strict=True):
         errors.append(float((written.double() - wanted).norm() / wanted.norm()))
@@ -176,9 +175,8 @@ def test_threads_do_not_change_the_result() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             buffers = [[torch.ones(2, 8, 16) for _ in range(2)] for _ in range(2)]
-            made.steps.hold(*buffers)
             state = torch.linspace(-1, 1, 40)
-            made.steps.take(state, *rotation(16, 5), 5)
+            made.steps.take(state, [Place(Buffers(*buffers), 5, *rotation(16, 5))])
             states.append(torch.cat((state, *(buffer.flatten() for side in buffers for buffer in side))))
     finally:
         torch.set_num_threads(threads)
@@ -187,9 +185,63 @@ def test_threads_do_not_change_the_result() -> None:
 
 def test_no_room_is_an_error() -> None:
     made = model(torch.float32, 0)
-    made.steps.hold(*[[torch.ones(2, 8, 16) for _ in range(2)] for _ in range(2)])
+    room = Buffers(*[[torch.ones(2, 8, 16) for _ in range(2)] for _ in range(2)])
+    places = [Place(room, before, *rotation(16, 8)) for before in (7, 8)]
     with pytest.raises(ValueError, match="no room for key 8 of 8"):
-        made.steps.take(torch.ones(40), *rotation(16, 8), 8)
+        made.steps.take(torch.ones(2, 40), places)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    level=st.sampled_from(LEVELS),
+    kind=st.sampled_from(KINDS),
+    lengths=st.lists(st.integers(0, 70), min_size=2, max_size=20),
+    hidden=st.integers(8, 70),
+    ffn=st.integers(8, 70),
+    planes=st.sampled_from([1, 2]),
+    threads=st.integers(1, 3),
+    scheme=st.sampled_from([Scheme(4, 32), Scheme(4, -1), Scheme(8, 64), Scheme(4, 128, symmetric=False)]),
+)
+def test_sequences_do_not_see_each_other(
+    level: int,
+    kind: torch.dtype,
+    lengths: list[int],
+    hidden: int,
+    ffn: int,
+    planes: int,
+    threads: int,
+    scheme: Scheme,
+) -> None:
+    """Together each has the bits that it has alone, in its state and in what is written of it; the rest stays."""
+    made = model(kind, level, hidden=hidden, ffn=ffn, schemes=(scheme,), planes=planes)
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    alone, together = torch.randn(2, len(lengths), hidden, generator=generator).to(kind)
+    together.copy_(alone)
+    ends = [(n, n + 1 + i % 3) for i, n in enumerate(lengths)]  # keys that are there, and room
+    buffers = [
+        [[torch.randn(2, room, 16, generator=generator).to(kind) for _ in range(2)] for _ in range(2)]
+        for _, room in ends
+    ]
+    places = [
+        Place(Buffers(*each), n, *rotation(16, 3 * n + i))
+        for i, ((n, _), each) in enumerate(zip(ends, buffers, strict=True))
+    ]
+    copies = [
+        place._replace(buffers=Buffers(*[[tensor.clone() for tensor in side] for side in each]))
+        for place, each in zip(places, buffers, strict=True)
+    ]
+    torch.set_num_threads(threads)
+    try:
+        made.steps.take(together, places)
+        for state, place in zip(alone, copies, strict=True):
+            made.steps.take(state, [place])
+    finally:
+        torch.set_num_threads(before)
+    assert together.isfinite().all()
+    assert torch.equal(together, alone)
+    for place, copied in zip(places, copies, strict=True):
+        for side in ("keys", "values"):
+            assert all(map(torch.equal, getattr(place.buffers, side), getattr(copied.buffers, side)))
 
 
 # ---- dense products
@@ -212,6 +264,15 @@ def test_dense_products_are_right(level: int, kind: torch.dtype, tokens: int, m:
     size = x.double().abs() @ w.double().abs().T
     bound = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[kind]
     assert float(((NATIVE.dense(x, w, level).double() - exact) / size).abs().max()) < bound
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_tokens_of_a_dense_product_do_not_see_each_other(level: int, kind: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(7, 75, generator=generator).to(kind), torch.randn(37, 75, generator=generator).to(kind)
+    alone = torch.cat([NATIVE.dense(x[i : i + 1].clone(), w, level) for i in range(len(x))])
+    assert torch.equal(NATIVE.dense(x, w, level), alone)
 
 
 def test_a_large_dense_product_is_shared_between_threads() -> None:

@@ -1,7 +1,7 @@
 """Single tokens by the native steps: the same model as without them, and transformers wherever they do not serve."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from llmquant.native import active_backend
 from llmquant.pipeline import quantize
 from llmquant.recipe import Override, Recipe
-from llmquant.runtime.decode import CACHE, Decoder, Head
+from llmquant.runtime.decode import CACHE, Decoder, Head, next_logits
 from llmquant.runtime.loader import load
 from llmquant.scheme import Scheme
 
@@ -60,9 +60,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     take = Decoder._take
 
-    def counted(self: Decoder, cache: DynamicCache, before: int, asked: dict[str, Any]) -> Any:
-        seen.append(before)
-        return take(self, cache, before, asked)
+    def counted(self: Decoder, ids: Tensor, tokens: Sequence[Any]) -> Tensor:
+        seen.extend(token.before for token in tokens)
+        return take(self, ids, tokens)
 
     monkeypatch.setattr(Decoder, "_take", counted)
     return seen
@@ -258,3 +258,104 @@ def test_threads_may_share_a_model(model: Any) -> None:
     with ThreadPoolExecutor(4) as pool:
         for logits in pool.map(run, caches):
             assert torch.equal(logits, alone)
+
+
+# ---- several sequences at once
+
+LENGTHS = [20, 1, 7, 300, 2, 33, 20, 64, 5, 12, 90]
+COUNTS = [2, 3, 5, 8, 11]  # of sequences; from 8 on other products serve, where the processor has them
+
+
+def started(model: Any, count: int) -> list[Any]:
+    """Caches of different lengths."""
+    return [model((torch.arange(n) * 7 % 400 + i).view(1, -1))[CACHE] for i, n in enumerate(LENGTHS[:count])]
+
+
+def together(model: Any, caches: list[Any], steps: int) -> Tensor:
+    """Logits [steps, sequences, vocab]."""
+    found = [next_logits(model, [40 + 3 * i + step for i in range(len(caches))], caches) for step in range(steps)]
+    assert all(logits is not None for logits in found)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", COUNTS)
+def test_each_sequence_is_given_what_it_is_given_alone(
+    packed: Callable[..., Path], taken: list[int], count: int, dtype: torch.dtype, precision: str
+) -> None:
+    model = load(packed(), dtype, precision)
+    logits, caches = together(model, found := started(model, count), 3), started(model, count)
+    taken.clear()
+    for i, cache in enumerate(caches):
+        for step in range(3):
+            alone = model(torch.tensor([[40 + 3 * i + step]]), **{CACHE: cache}).logits
+            assert torch.equal(alone[0, 0], logits[step, i])
+        for layer, other in zip(cache.layers, found[i].layers, strict=True):
+            assert torch.equal(layer.keys, other.keys)
+            assert torch.equal(layer.values, other.values)
+    assert taken == [n + step for n in LENGTHS[:count] for step in range(3)]
+
+
+def test_sequences_are_those_of_transformers(model: Any, plain: Any) -> None:
+    logits = together(model, started(model, 5), 300)
+    expected = [started(plain, 5), []]
+    for step in range(300):
+        expected[1].append(
+            torch.stack(
+                [
+                    plain(torch.tensor([[40 + 3 * i + step]]), **{CACHE: cache}).logits[0, 0]
+                    for i, cache in enumerate(expected[0])
+                ]
+            )
+        )
+    assert torch.allclose(logits, torch.stack(expected[1]), **CLOSE)
+
+
+def test_who_comes_and_goes_is_not_noticed(model: Any) -> None:
+    alone, _ = tokens(model, 6)
+    cache, others = model(PROMPT)[CACHE], started(model, 4)
+    for step in range(6):
+        beside = others[step % 3 :]
+        logits = next_logits(model, [30 + step, *(50 for _ in beside)], [cache, *beside])
+        assert logits is not None
+        assert torch.equal(logits[0], alone[0, step])
+
+
+def test_what_cannot_go_together_is_left_to_transformers(model: Any, taken: list[int]) -> None:
+    """And the caches as they were."""
+    good, empty, other = model(PROMPT)[CACHE], DynamicCache(config=model.config), StaticCache(model.config, 40)
+    assert next_logits(model, [5, 6], [good, empty]) is None
+    assert next_logits(model, [5, 6], [good, other]) is None
+    for module in (model, model.base_model, model.lm_head, model.base_model.layers[0].mlp):
+        handle = module.register_forward_hook(lambda *_: None)
+        assert next_logits(model, [5, 6], [good, good]) is None
+        handle.remove()
+    assert next_logits(without_steps(copy.deepcopy(model)), [5], [good]) is None
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        assert next_logits(model, [5], [good]) is None
+    assert good.get_seq_length() == 20
+    assert taken == []
+    assert next_logits(model, [5], [good]) is not None
+    assert good.get_seq_length() == 21
+
+
+def test_other_models_are_left_to_transformers(packed: Callable[..., Path]) -> None:
+    model = load(packed("gemma2"), torch.float32)
+    assert next_logits(model, [5], [model(PROMPT)[CACHE]]) is None
+
+
+def test_norms_may_have_another_dtype_than_the_embedding(packed: Callable[..., Path], taken: list[int]) -> None:
+    """The native steps have one dtype, the norms': what comes in others is brought to it."""
+    models = load(packed(), torch.bfloat16), without_steps(load(packed(), torch.bfloat16))
+    truth, _ = tokens(without_steps(load(packed(), torch.float32)), 1)
+    errors = []
+    for model in models:
+        cache = model(PROMPT)[CACHE]
+        for name, module in model.named_modules():
+            if "norm" in name:
+                module.float()
+        state = model.base_model(input_ids=torch.tensor([[30]]), **{CACHE: cache}).last_hidden_state.float()
+        errors.append(float((state @ models[0].lm_head.weight.float().T - truth).norm() / truth.norm()))
+    assert taken == [20]
+    assert errors[0] < 1.1 * errors[1] < 0.1
