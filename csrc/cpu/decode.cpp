@@ -107,56 +107,136 @@ void rotate(const LlmquantSequence& sequence, const float* from, int64_t width, 
 }
 
 template <int64_t KIND>
-float dot(const float* q, const void* from, int64_t at, int64_t width) {
-    Piece products = {};
-    for (int64_t i = 0; i < width; i += PIECE) add_product(products, load_piece(q + i), read_whole<KIND>(from, at + i));
-    return total(products);
+inline Float read_vector(const void* from, int64_t at) {
+    return KIND == LLMQUANT_FP32 ? load<Float>(static_cast<const float*>(from) + at)
+                                 : from_half(static_cast<const uint16_t*>(from) + at, KIND);
+}
+
+// Query heads that share a key, which is read once for all of them.
+template <int64_t KIND, int HEADS>
+class Group {
+  public:
+    Group(const LlmquantStep& step, const LlmquantSequence& sequence_, int64_t layer, int64_t group, float* scratch)
+        : sequence(sequence_),
+          width(step.head_width),
+          count(sequence.before + 1),
+          room(ceil_div(count, PIECE) * PIECE),
+          start(group * sequence.capacity * width),
+          scale(step.scale * LOG2_E),
+          keys(sequence.keys[layer]),
+          values(sequence.values[layer]),
+          q(scratch),
+          key(q + HEADS * width),
+          scores(key + width) {}
+
+    // The first head's query, the key and the value of this token; `out` is like q. `writes`: what is theirs is put
+    // behind the others'.
+    void attend(const float* query, const float* own_key, const float* own_value, bool writes, float* out) {
+        for (int h = 0; h < HEADS; ++h) rotate(sequence, query + h * width, width, q + h * width);
+        rotate(sequence, own_key, width, key);
+        if (writes) remember(own_value);
+        compare();
+        for (int h = 0; h < HEADS; ++h) inverse[h] = weigh(scores + h * room);
+        constexpr int AT_ONCE = LANES == 16 ? 4 : 2;  // vectors: as many sums as fit the registers
+        int64_t i = 0;
+        for (; i + AT_ONCE * LANES <= width; i += AT_ONCE * LANES) mix<AT_ONCE>(own_value, i, out);
+        for (; i < width; i += LANES) mix<1>(own_value, i, out);
+    }
+
+  private:
+    void remember(const float* value) const {
+        const int64_t now = start + sequence.before * width;
+        for (int64_t i = 0; i < width; i += PIECE) {
+            float numbers[2][PIECE];
+            __builtin_memcpy(numbers[0], key + i, sizeof numbers[0]);
+            __builtin_memcpy(numbers[1], value + i, sizeof numbers[1]);
+            write(numbers[0], keys, KIND, now + i, PIECE);
+            write(numbers[1], values, KIND, now + i, PIECE);
+        }
+    }
+
+    // Scores: of some keys at once, so that their sums across lanes are made together. This token's key and value are
+    // taken from where they were computed: another thread may be writing them.
+    void compare() {
+        for (int64_t s = 0; s < sequence.before; s += LANES) {
+            Float products[HEADS][LANES];
+            const int64_t some = min(LANES, sequence.before - s);
+            for (int64_t r = 0; r < LANES; ++r) {
+                const int64_t row = start + (s + min(r, some - 1)) * width;  // what is too much is overwritten below
+                for (int h = 0; h < HEADS; ++h) products[h][r] = Float{};
+                for (int64_t i = 0; i < width; i += LANES) {
+                    const Float k = read_vector<KIND>(keys, row + i);
+                    for (int h = 0; h < HEADS; ++h) products[h][r] += load<Float>(q + h * width + i) * k;
+                }
+            }
+            for (int h = 0; h < HEADS; ++h) store(scores + h * room + s, sums(products[h]));
+        }
+        for (int h = 0; h < HEADS; ++h) {
+            Piece products = {};
+            for (int64_t i = 0; i < width; i += PIECE)
+                add_product(products, load_piece(q + h * width + i), load_piece(key + i));
+            scores[h * room + sequence.before] = total(products);
+        }
+    }
+
+    // exp(scale (score - the largest)) in the place of each score; one over their sum.
+    float weigh(float* weights) const {
+        float most = weights[0];
+        for (int64_t s = 1; s < count; ++s) most = weights[s] > most ? weights[s] : most;
+        for (int64_t s = count; s < room; ++s) weights[s] = most - 1e30f;
+        Float sums = {};
+        for (int64_t s = 0; s < room; s += LANES) {
+            const Float weight = exp2_of((load<Float>(weights + s) - most) * scale);
+            sums += weight;
+            store(weights + s, weight);
+        }
+        return 1.0f / sum(sums);
+    }
+
+    // Columns [i, i + VECTORS * LANES) of the weighted sums of all values.
+    template <int VECTORS>
+    void mix(const float* own, int64_t i, float* out) const {
+        Float mixed[HEADS][VECTORS];
+        for (int h = 0; h < HEADS; ++h)
+            for (int v = 0; v < VECTORS; ++v)
+                mixed[h][v] = load<Float>(own + i + v * LANES) * scores[h * room + sequence.before];
+        for (int64_t s = 0; s < sequence.before; ++s)
+            for (int v = 0; v < VECTORS; ++v) {
+                const Float row = read_vector<KIND>(values, start + s * width + i + v * LANES);
+                for (int h = 0; h < HEADS; ++h) mixed[h][v] += row * scores[h * room + s];
+            }
+        for (int h = 0; h < HEADS; ++h)
+            for (int v = 0; v < VECTORS; ++v) store(out + h * width + i + v * LANES, mixed[h][v] * inverse[h]);
+    }
+
+    const LlmquantSequence& sequence;
+    const int64_t width, count, room, start;
+    const float scale;
+    void *const keys, *const values;
+    float *const q, *const key, *const scores;
+    float inverse[HEADS];
+};
+
+template <int64_t KIND, int HEADS>
+void attend_group(const LlmquantStep& step, const LlmquantSequence& sequence, int64_t layer, const TokenHeads& heads,
+                  int64_t head, float* scratch) {
+    const int64_t width = step.head_width, shared = step.heads / step.kv_heads, group = head / shared;
+    Group<KIND, HEADS>(step, sequence, layer, group, scratch)
+        .attend(heads.q + head * width, heads.k + group * width, heads.v + group * width, head % shared == 0,
+                heads.out + head * width);
 }
 
 template <int64_t KIND>
 void attend_to(const LlmquantStep& step, const LlmquantSequence& sequence, int64_t layer, const TokenHeads& heads,
                int64_t first, int64_t last, float* scratch) {
-    const int64_t width = step.head_width, shared = step.heads / step.kv_heads;
-    const int64_t before = sequence.before, count = before + 1;
-    void *keys = sequence.keys[layer], *values = sequence.values[layer];
-    float *q = scratch, *key = q + width, *out = key + width, *scores = out + width;
-    for (int64_t head = first; head < last; ++head) {
-        const int64_t group = head / shared, start = group * sequence.capacity * width, now = start + before * width;
-        const float* value = heads.v + group * width;
-        rotate(sequence, heads.q + head * width, width, q);
-        rotate(sequence, heads.k + group * width, width, key);
-        if (head % shared == 0)
-            for (int64_t i = 0; i < width; i += PIECE) {
-                float numbers[2][PIECE];
-                __builtin_memcpy(numbers[0], key + i, sizeof numbers[0]);
-                __builtin_memcpy(numbers[1], value + i, sizeof numbers[1]);
-                write(numbers[0], keys, KIND, now + i, PIECE);
-                write(numbers[1], values, KIND, now + i, PIECE);
-            }
-        // This token's key and value are taken from where they were computed: another thread may be writing them.
-        for (int64_t s = 0; s < before; ++s) scores[s] = dot<KIND>(q, keys, start + s * width, width);
-        scores[before] = dot<LLMQUANT_FP32>(q, key, 0, width);
-        float most = scores[0];
-        for (int64_t s = 1; s < count; ++s) most = scores[s] > most ? scores[s] : most;
-        const int64_t whole = ceil_div(count, PIECE) * PIECE;
-        for (int64_t s = count; s < whole; ++s) scores[s] = most - 1e30f;
-        Float sums = {};
-        for (int64_t s = 0; s < whole; s += LANES) {
-            const Float weight = exp2_of((load<Float>(scores + s) - most) * (step.scale * LOG2_E));
-            sums += weight;
-            store(scores + s, weight);
-        }
-        const float inverse = 1.0f / sum(sums);
-        for (int64_t i = 0; i < width; i += PIECE) {
-            Piece piece = load_piece(value + i);
-            for (int v = 0; v < V; ++v) piece.of[v] *= scores[before];
-            for (int64_t s = 0; s < before; ++s) {
-                const Piece row = read_whole<KIND>(values, start + s * width + i);
-                for (int v = 0; v < V; ++v) piece.of[v] += row.of[v] * scores[s];
-            }
-            for (int v = 0; v < V; ++v) store(out + i + v * LANES, piece.of[v] * inverse);
-        }
-        copy(heads.out + head * width, out, width);
+    static_assert(LLMQUANT_HEADS_TOGETHER == 4, "has a case for each number below");
+    const int64_t shared = step.heads / step.kv_heads;
+    for (int64_t head = first, count; head < last; head += count) {
+        count = min(LLMQUANT_HEADS_TOGETHER, min(last, (head / shared + 1) * shared) - head);
+        if (count == 1) attend_group<KIND, 1>(step, sequence, layer, heads, head, scratch);
+        if (count == 2) attend_group<KIND, 2>(step, sequence, layer, heads, head, scratch);
+        if (count == 3) attend_group<KIND, 3>(step, sequence, layer, heads, head, scratch);
+        if (count == 4) attend_group<KIND, 4>(step, sequence, layer, heads, head, scratch);
     }
 }
 
@@ -181,48 +261,55 @@ void gated(float* gate, const float* up, int64_t count) {
 
 constexpr int CHAINS = 4;  // sums that are begun side by side, so that none waits for its last product
 
-// One row after the other: as one stream, a weight arrives from memory three times as fast as four rows at once do.
+// Vectors whose lanes add up to the products of one row with TOKENS tokens, x [token][stride]. One row after the other:
+// as one stream, a weight arrives from memory three times as fast as four rows at once do.
 template <int64_t KIND, int TOKENS>
-void dense_row(const LlmquantDense& task, int64_t token, int64_t row, float* y) {
+void dense_row(const LlmquantDense& task, const float* x, int64_t stride, int64_t row, Float (&y)[TOKENS]) {
     Piece sums[TOKENS][CHAINS] = {};
     const int64_t columns = task.columns, whole = columns / PIECE * PIECE;
     int64_t i = 0;
     for (; i + CHAINS * PIECE <= whole; i += CHAINS * PIECE)
         for (int c = 0; c < CHAINS; ++c) {
             const Piece w = read_whole<KIND>(task.w, row * columns + i + c * PIECE);
-            for (int t = 0; t < TOKENS; ++t)
-                add_product(sums[t][c], w, read_whole<KIND>(task.x, (token + t) * columns + i + c * PIECE));
+            for (int t = 0; t < TOKENS; ++t) add_product(sums[t][c], w, load_piece(x + t * stride + i + c * PIECE));
         }
     for (; i < columns; i += PIECE) {
-        const int64_t count = min(PIECE, columns - i);
-        const Piece w = read_piece(task.w, KIND, row * columns + i, count);
-        for (int t = 0; t < TOKENS; ++t)
-            add_product(sums[t][0], w, read_piece(task.x, KIND, (token + t) * columns + i, count));
+        const Piece w = read_piece(task.w, KIND, row * columns + i, min(PIECE, columns - i));
+        for (int t = 0; t < TOKENS; ++t) add_product(sums[t][0], w, load_piece(x + t * stride + i));
     }
     for (int t = 0; t < TOKENS; ++t) {
-        for (int c = 1; c < CHAINS; ++c)
-            for (int v = 0; v < V; ++v) sums[t][0].of[v] += sums[t][c].of[v];
-        y[t * PIECE] = total(sums[t][0]);
+        y[t] = Float{};
+        for (int c = 0; c < CHAINS; ++c)
+            for (int v = 0; v < V; ++v) y[t] += sums[t][c].of[v];
     }
 }
 
 // Rows [first, first + count) of at most a piece, for TOKENS tokens.
 template <int64_t KIND, int TOKENS>
-void dense_rows(const LlmquantDense& task, int64_t token, int64_t first, int64_t count) {
+void dense_rows(const LlmquantDense& task, const float* x, int64_t token, int64_t first, int64_t count) {
     float y[TOKENS][PIECE] = {};
-    for (int64_t r = 0; r < count; ++r) dense_row<KIND, TOKENS>(task, token, first + r, &y[0][r]);
+    const int64_t stride = ceil_div(task.columns, PIECE) * PIECE;
+    for (int64_t part = 0; part < count; part += LANES) {
+        Float rows[TOKENS][LANES] = {};
+        for (int64_t r = 0; r < min(LANES, count - part); ++r) {
+            Float row[TOKENS];
+            dense_row<KIND, TOKENS>(task, x + token * stride, stride, first + part + r, row);
+            for (int t = 0; t < TOKENS; ++t) rows[t][r] = row[t];
+        }
+        for (int t = 0; t < TOKENS; ++t) store(y[t] + part, sums(rows[t]));
+    }
     for (int t = 0; t < TOKENS; ++t) write(y[t], task.y, KIND, (token + t) * task.rows + first, count);
 }
 
-// All tokens pass some rows while these are in the caches.
-void dense(const LlmquantDense& task, int64_t first, int64_t last) {
+// All tokens, of whole pieces in fp32, pass some rows while these are in the caches.
+void dense(const LlmquantDense& task, const float* x, int64_t first, int64_t last) {
     with_kind(task.kind, [&](auto kind) {
         for (int64_t row = first; row < last; row += PIECE) {
             const int64_t count = min(PIECE, last - row);
             int64_t token = 0;
-            for (; token + 4 <= task.tokens; token += 4) dense_rows<kind.value, 4>(task, token, row, count);
-            for (; token + 2 <= task.tokens; token += 2) dense_rows<kind.value, 2>(task, token, row, count);
-            if (token < task.tokens) dense_rows<kind.value, 1>(task, token, row, count);
+            for (; token + 4 <= task.tokens; token += 4) dense_rows<kind.value, 4>(task, x, token, row, count);
+            for (; token + 2 <= task.tokens; token += 2) dense_rows<kind.value, 2>(task, x, token, row, count);
+            if (token < task.tokens) dense_rows<kind.value, 1>(task, x, token, row, count);
         }
     });
 }

@@ -12,6 +12,8 @@
 #include "levels.h"
 #include "linear.h"
 
+#define LLMQUANT_HEADS_TOGETHER 4  // at most: query heads for which a key is read once
+
 // These three are mirrored in llmquant/kernels/decode.py; a change of any needs a new value of llmquant_abi.
 struct LlmquantLayer {
     LlmquantLinear q, k, v, out, gate, up, down;  // weights and sizes: x, y, their kind and tokens are not read
@@ -63,4 +65,5 @@ struct LlmquantDense {
     int64_t threads, level;
 };
 
-LLMQUANT_EXPORT void llmquant_dense(const LlmquantDense* task);
+// 0, or 1 if there is no memory for x in fp32.
+LLMQUANT_EXPORT int64_t llmquant_dense(const LlmquantDense* task);

@@ -54,5 +54,46 @@ inline auto sum(Vector value) {
 
 #endif
 
+// Lane i: the sum of rows[i]. Two rows at a time are halved and put beside each other, until one is left.
+#if defined(__AVX512F__)
+inline Float sums(const Float (&rows)[LANES]) {
+    __m512 twos[8], fours[4], eights[2];
+    for (int i = 0; i < 8; ++i) {
+        const auto a = (__m512)rows[2 * i], b = (__m512)rows[2 * i + 1];
+        twos[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const auto a = (__m512d)twos[2 * i], b = (__m512d)twos[2 * i + 1];
+        fours[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = fours[2 * i], b = fours[2 * i + 1];
+        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    return (Float)_mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
+                                _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+}
+#elif defined(__AVX2__)
+inline Float sums(const Float (&rows)[LANES]) {
+    __m256 twos[4], fours[2];
+    for (int i = 0; i < 4; ++i) {
+        const auto a = (__m256)rows[2 * i], b = (__m256)rows[2 * i + 1];
+        twos[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const auto a = (__m256d)twos[2 * i], b = (__m256d)twos[2 * i + 1];
+        fours[i] = _mm256_add_ps((__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b));
+    }
+    return (Float)_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                                _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+}
+#else
+inline Float sums(const Float (&rows)[LANES]) {
+    Float all;
+    for (int i = 0; i < LANES; ++i) all[i] = sum(rows[i]);
+    return all;
+}
+#endif
+
 }  // namespace
 }  // namespace llmquant

@@ -214,10 +214,17 @@ int64_t llmquant_decode(const LlmquantStep* step) {
     return 0;
 }
 
-void llmquant_dense(const LlmquantDense* task) {
+int64_t llmquant_dense(const LlmquantDense* task) {
     const llmquant::DecodeKernels& kernels = *llmquant::usable_level(task->level).decode;
-    llmquant::share(task->rows, 4, task->threads, task->tokens * task->rows * task->columns,
-                    [&](int64_t first, int64_t last) { kernels.dense(*task, first, last); });
+    const int64_t stride = (task->columns + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL * LLMQUANT_PANEL;
+    const std::unique_ptr<float[]> x(new (std::nothrow) float[static_cast<std::size_t>(task->tokens * stride)]);
+    if (!x) return 1;
+    const int64_t bytes = task->columns * llmquant::bytes_of(task->kind);
+    for (int64_t t = 0; t < task->tokens; ++t)
+        kernels.read(static_cast<const char*>(task->x) + t * bytes, task->kind, task->columns, x.get() + t * stride);
+    llmquant::share(task->rows, LLMQUANT_PANEL, task->threads, task->tokens * task->rows * task->columns,
+                    [&](int64_t first, int64_t last) { kernels.dense(*task, x.get(), first, last); });
+    return 0;
 }
 
 void llmquant_round_columns(const LlmquantColumns* task) {

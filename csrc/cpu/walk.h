@@ -29,12 +29,15 @@ class Walk {
           gate(numbers(step.sequence_count * step.ffn)),
           up(numbers(step.sequence_count * step.ffn)) {
         int64_t most = 0;
-        for (int64_t t = 0; t < step.sequence_count; ++t) most = std::max(most, step.sequences[t].before);
+        for (int64_t t = 0; t < step.sequence_count; ++t) {
+            most = std::max(most, step.sequences[t].before);
+            work += step.heads * (step.sequences[t].before + 1);
+        }
         const int64_t widest = padded(std::max({step.hidden, step.ffn, step.heads * step.head_width}));
         const int64_t tokens = (step.sequence_count + LLMQUANT_TILE - 1) / LLMQUANT_TILE * LLMQUANT_TILE;
         for (int64_t i = 0; i < step.threads; ++i)
             own.push_back({numbers(step.sequence_count * step.hidden + LLMQUANT_PANEL),
-                           numbers(most + 1 + 3 * step.head_width + LLMQUANT_PANEL),
+                           numbers(LLMQUANT_HEADS_TOGETHER * (whole(most + 1) + step.head_width) + step.head_width),
                            std::vector<int8_t>(static_cast<std::size_t>(tokens * 2 * (widest + LLMQUANT_CHUNK))),
                            numbers(tokens * widest / LLMQUANT_CHUNK),
                            std::vector<int32_t>(static_cast<std::size_t>(tokens * widest / LLMQUANT_CHUNK))});
@@ -142,14 +145,21 @@ class Walk {
                 std::min(weight.rows, panels * (part.thread + 1) / part.count * LLMQUANT_PANEL)};
     }
 
-    // This thread's heads, of all tokens.
+    // This thread's heads: of all those of all tokens, which it takes one after the other, its part by the keys that
+    // they attend to.
     void attend(int64_t layer, const Part& part) {
         const int64_t inner = step.heads * step.head_width, kv = step.kv_heads * step.head_width;
-        for (int64_t t = 0; t < step.sequence_count; ++t)
+        int64_t done = 0;
+        for (int64_t t = 0; t < step.sequence_count; ++t) {
+            const int64_t keys = step.sequences[t].before + 1;
+            const auto head = [&](int64_t thread) {
+                return std::clamp<int64_t>((work * thread / part.count - done + keys - 1) / keys, 0, step.heads);
+            };
             decode.attend(step, step.sequences[t], layer,
                           {q.data() + t * inner, k.data() + t * kv, v.data() + t * kv, attended.data() + t * inner},
-                          step.heads * part.thread / part.count, step.heads * (part.thread + 1) / part.count,
-                          part.own.scratch.data());
+                          head(part.thread), head(part.thread + 1), part.own.scratch.data());
+            done += step.heads * keys;
+        }
     }
 
     void apply_gate(const LlmquantLinear& weight, const Part& part) {
@@ -174,6 +184,7 @@ class Walk {
     const LinearKernels& linear;
     Vector state, change, q, k, v, attended, gate, up;
     std::vector<Own> own;
+    int64_t work = 0;  // of attention: keys, for each head
 };
 
 }  // namespace llmquant

@@ -111,7 +111,8 @@ class Native:
             threads=torch.get_num_threads(),
             level=level,
         )
-        self._functions.llmquant_dense(ctypes.byref(task))
+        if self._functions.llmquant_dense(ctypes.byref(task)):
+            raise MemoryError(f"no memory for {tuple(x.shape)} activations")
         return y
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, level: int = 0) -> Tensor:
