@@ -10,6 +10,7 @@ namespace llmquant {
 namespace {
 
 constexpr int64_t PIECE = 16;  // numbers read at once
+constexpr int64_t LINE = 64;   // bytes that memory sends at once
 constexpr int V = PIECE / LANES;
 
 struct Piece {
@@ -144,6 +145,12 @@ class Group {
     }
 
   private:
+    // A row is asked for before it is read: a head's are too few to be noticed as a stream.
+    void fetch(const void* from, int64_t at) const {
+        for (int64_t i = 0; i < width * bytes_of(KIND); i += LINE)
+            __builtin_prefetch(static_cast<const char*>(from) + at * bytes_of(KIND) + i);
+    }
+
     void remember(const float* value) const {
         const int64_t now = start + sequence.before * width;
         for (int64_t i = 0; i < width; i += PIECE) {
@@ -163,6 +170,7 @@ class Group {
             const int64_t some = min(LANES, sequence.before - s);
             for (int64_t r = 0; r < LANES; ++r) {
                 const int64_t row = start + (s + min(r, some - 1)) * width;  // what is too much is overwritten below
+                fetch(values, row);
                 for (int h = 0; h < HEADS; ++h) products[h][r] = Float{};
                 for (int64_t i = 0; i < width; i += LANES) {
                     const Float k = read_vector<KIND>(keys, row + i);
@@ -181,8 +189,13 @@ class Group {
 
     // exp(scale (score - the largest)) in the place of each score; one over their sum.
     float weigh(float* weights) const {
-        float most = weights[0];
-        for (int64_t s = 1; s < count; ++s) most = weights[s] > most ? weights[s] : most;
+        for (int64_t s = count; s < room; ++s) weights[s] = weights[0];
+        Float larger = load<Float>(weights);
+        for (int64_t s = LANES; s < room; s += LANES) {
+            const Float some = load<Float>(weights + s);
+            larger = some > larger ? some : larger;
+        }
+        const float most = largest(larger);
         for (int64_t s = count; s < room; ++s) weights[s] = most - 1e30f;
         Float sums = {};
         for (int64_t s = 0; s < room; s += LANES) {
