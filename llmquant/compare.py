@@ -89,7 +89,8 @@ def _entry(directory: Path, found: Evaluation, speed_on: str | None) -> Entry:
         return entry
     vocab = int(Checkpoint.open(directory).config["vocab_size"])
     (result,) = measure({entry.name: OfTransformers(load(directory, device=speed_on))}, PROMPT, WRITTEN, vocab)
-    return Entry(entry.name, entry.bytes, entry.bits_per_weight, found, *result[1:])
+    speed = result.prompt_per_second, result.new_per_second
+    return Entry(entry.name, entry.bytes, entry.bits_per_weight, found, *speed)
 
 
 def pareto(entries: Sequence[Entry]) -> dict[str, tuple[float, float]]:

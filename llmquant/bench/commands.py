@@ -61,19 +61,20 @@ def generate(
     gguf: Annotated[list[Path] | None, typer.Option(help="A file for llama.cpp; needs llama-cpp-python.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=SHORT)] = 512,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    sequences: Annotated[list[int] | None, typer.Option(min=1, help="Written at once. (default: 1)")] = None,
     as_json: Json = False,
 ) -> None:
     """Tokens per second of a packed checkpoint: reading a prompt, and writing."""
     from llmquant.bench.generate import contestants, measure
     from llmquant.checkpoint.reader import Checkpoint
 
-    room = max(prompt_tokens, SHORT + new_tokens)
-    models = contestants(directory, baseline, gguf or [], room)
+    room, counts = max(prompt_tokens, SHORT + new_tokens), sorted(set(sequences or [1]))
+    models = contestants(directory, baseline, gguf or [], room, counts[-1])
     vocab_size = int(Checkpoint.open(directory).config["vocab_size"])
-    results = list(measure(models, prompt_tokens, new_tokens, vocab_size))
-    table = _table("model", f"prompt of {prompt_tokens}, tokens/s", f"{new_tokens} new, tokens/s")
-    for result in results:
-        table.add_row(result.name, f"{result.prompt_per_second:.0f}", f"{result.new_per_second:.1f}")
+    results = list(measure(models, prompt_tokens, new_tokens, vocab_size, counts))
+    table = _table("model", f"prompt of {prompt_tokens}, tokens/s", "sequences", f"{new_tokens} new, tokens/s")
+    for name, count, read, written in results:
+        table.add_row(name, f"{read:.0f}", str(count), f"{written:.1f}")
     _show(table, [result._asdict() for result in results], as_json)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from llmquant.kernels import ops  # noqa: F401  (defines torch.ops.llmquant)
 from llmquant.kernels.layout import KINDS
@@ -22,21 +22,31 @@ def attend(
 ) -> tuple[Tensor, None]:
     """As `sdpa_attention_forward`: query [B, heads, T, d], key and value [B, kv_heads, S, d], out [B, T, heads, d].
 
-    Without a mask, T = S and no gradient it is ours; else torch's.
+    Without a mask and without a gradient it is ours; else torch's. The queries are those of the last T keys.
     """
     causal, scale = options.get("is_causal"), options.get("scaling")
-    plain = (
-        attention_mask is None
-        and (getattr(module, "is_causal", True) if causal is None else causal)
-        and not options.get("dropout")
-        and options.get("position_bias") is None
-        and options.get("softcap") is None
-    )
-    served = query.device.type == "cpu" and query.dtype in KINDS and FEWEST <= query.shape[2] == key.shape[2]
+    (*_, queries, width), keys = query.shape, key.shape[2]
+    ahead = attention_mask is None and (getattr(module, "is_causal", True) if causal is None else causal)
+    plain = not options.get("dropout") and options.get("position_bias") is None and options.get("softcap") is None
+    served = query.device.type == "cpu" and query.dtype in KINDS and FEWEST <= queries <= keys
     trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if plain and served and not trained:
-        return ATTENTION(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+    if ahead and plain and served and not trained:
+        return ATTENTION(query, key, value, width**-0.5 if scale is None else scale), None
+    if ahead and 1 < queries < keys:  # torch takes these for the queries of the first keys
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        attention_mask = attention_mask.view(1, 1, queries, keys)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def causal_mask(**asked: Any) -> Tensor | None:
+    """As `sdpa_mask`, but none for the queries of the last of several keys either, if nothing but order hides a key."""
+    queries, keys, padding = asked.get("q_length"), asked["kv_length"], asked.get("attention_mask")
+    plain = asked.get("mask_function") is causal_mask_function and asked.get("allow_is_causal_skip", True)
+    if plain and asked.get("local_size") is None and not torch.compiler.is_compiling():
+        last = isinstance(queries, int) and FEWEST <= queries and asked.get("q_offset") == keys - queries
+        if last and (padding is None or (padding.shape[-1] == keys and bool(padding.all()))):
+            return None
+    return sdpa_mask(**asked)
 
 
 def use_attention(model: PreTrainedModel) -> None:
@@ -46,4 +56,4 @@ def use_attention(model: PreTrainedModel) -> None:
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, causal_mask)

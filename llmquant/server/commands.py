@@ -46,7 +46,7 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Of prompt and answer. (default: the model's)")
     ] = None,
-    max_concurrency: Annotated[int, typer.Option(min=1, help="Requests that are computed at a time.")] = 8,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Requests that are computed at a time.")] = 16,
     cache_memory: Annotated[
         str | None, typer.Option(help="For all requests, as in 4GB. (default: 80 % of what the model leaves)")
     ] = None,

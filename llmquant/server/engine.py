@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from llmquant.kernels.attention import FEWEST
 from llmquant.runtime.decode import CACHE, next_logits
 from llmquant.server.reader import Reader
 from llmquant.server.sampling import Sampler, Sampling
 
-CHUNK = 2048  # tokens of a prompt that pass the model at once; others wait so long for their next token
+CHUNKS = {"cpu": 256, "cuda": 2048}  # tokens of a prompt that pass the model at once; others wait so long
 
 
 class Progress(NamedTuple):
@@ -69,15 +70,16 @@ class _Turn:
         ids: the prompt and the answer so far.
     """
 
-    def __init__(self, job: Job, sampler: Sampler, reader: Reader, cache: Any) -> None:
-        self.job, self.cache = job, cache
+    def __init__(self, job: Job, sampler: Sampler, reader: Reader, cache: Any, chunk: int) -> None:
+        self.job, self.cache, self._chunk = job, cache, chunk
         self.ids, self.held = list(job.ids), 0
         self._sampler, self._reader = sampler, reader
 
     @property
     def due(self) -> list[int]:
-        """Tokens that the model is to be given next."""
-        return self.ids[self.held : self.held + CHUNK]
+        """Tokens that the model is to be given next. No part of a prompt is so short that it is attended otherwise."""
+        last = len(self.ids) - self.held < self._chunk + FEWEST
+        return self.ids[self.held :] if last else self.ids[self.held : self.held + self._chunk]
 
     @property
     def writes(self) -> bool:
@@ -168,7 +170,8 @@ class Engine:
 
     def _turn(self, job: Job) -> _Turn:
         reader = Reader(self._tokenizer, job.stops)
-        return _Turn(job, Sampler(job.sampling), reader, DynamicCache(config=self._model.config))
+        cache = DynamicCache(config=self._model.config)
+        return _Turn(job, Sampler(job.sampling), reader, cache, CHUNKS[self.device])
 
     def _together(self, turns: Sequence[_Turn]) -> dict[_Turn, Tensor]:
         """The logits [vocab] after the token of each that is due; none where they cannot be computed together."""

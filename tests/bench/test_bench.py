@@ -14,8 +14,10 @@ from llmquant.bench import generate, kernels, timing
 from llmquant.bench.products import READING, makers
 from llmquant.cli import app
 from llmquant.errors import CheckpointError
+from llmquant.native import active_backend
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
+from llmquant.runtime.loader import load
 from llmquant.scheme import Scheme, dequantize
 
 # What 4-bit products may err: activations in 8 bits, in groups of 32 and of more.
@@ -82,13 +84,27 @@ def test_bench_generate(quick: None, make_checkpoint: Callable[..., Path], tmp_p
     quantize(source, tmp_path / "packed", Recipe(method="rtn", scheme=Scheme(4, 32)))
     command = ["bench", "generate", str(tmp_path / "packed"), "--baseline", str(source)]
     told = ["--prompt-tokens", "40", "--new-tokens", "4"]
-    run = CliRunner().invoke(app, [*command, *told, "--json"])
+    run = CliRunner().invoke(app, [*command, *told, "--json", "--sequences", "3", "--sequences", "1"])
     assert run.exit_code == 0, run.output
-    results = {row["name"]: row for row in json.loads(run.stdout)["results"]}
-    assert list(results) == ["llmquant int8", "llmquant exact", "transformers bf16"]
-    assert all(row["prompt_per_second"] > 0 and row["new_per_second"] > 0 for row in results.values())
+    results = json.loads(run.stdout)["results"]
+    names = ["llmquant int8", "llmquant exact", "transformers bf16"]
+    assert [(row["name"], row["sequences"]) for row in results] == [(name, n) for name in names for n in (1, 3)]
+    assert all(row["prompt_per_second"] > 0 and row["new_per_second"] > 0 for row in results)
     table = CliRunner().invoke(app, [*command, *told])
     assert "transformers bf16" in table.stdout
+
+
+@pytest.mark.parametrize(("arch", "together"), [("llama", True), ("gemma2", False)])
+def test_sequences_are_written_as_each_alone(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, arch: str, together: bool
+) -> None:
+    packed = tmp_path / "packed"
+    quantize(make_checkpoint(arch=arch), packed, Recipe(method="rtn", scheme=Scheme(4, 32)))
+    model = generate.OfLlmquant(load(packed))
+    ids = torch.arange(3 * 16).view(3, 16) + 3
+    with torch.inference_mode():
+        assert model._write_together(ids, 4) == (together and active_backend() == "native")
+        model.write(ids, 4)
 
 
 def test_what_cannot_be_measured_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

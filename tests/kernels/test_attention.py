@@ -208,22 +208,60 @@ def test_a_model_attends_by_ours(model: LlamaForCausalLM, calls: list[torch.Size
 
 @native_only
 def test_what_is_not_plainly_causal_is_left_to_torch(model: LlamaForCausalLM, calls: list[torch.Size]) -> None:
-    """Padding on the left, single tokens, a cache before many tokens, gradients."""
+    """Padding on the left, single tokens and few, gradients."""
     mask = torch.ones_like(IDS)
     mask[0, :7] = 0
+    wide = torch.cat((mask, torch.ones_like(IDS)), 1)
+    asked = [
+        lambda: model(IDS, attention_mask=mask).logits,
+        lambda: model(IDS, attention_mask=wide, past_key_values=model(IDS, attention_mask=mask).past_key_values).logits,
+        lambda: model(IDS[:, :9]).logits,
+        lambda: model(IDS[:, 9:20], past_key_values=model(IDS[:, :9]).past_key_values).logits,
+        lambda: model(IDS[:, 9:10], past_key_values=model(IDS[:, :9]).past_key_values).logits,
+    ]
     with torch.no_grad():
-        padded = model(IDS, attention_mask=mask).logits
-        cached = model(IDS).past_key_values
-        after = model(IDS[:, :20], past_key_values=cached).logits
-    attention.use_attention(model)
-    with torch.no_grad():
-        assert torch.equal(model(IDS, attention_mask=mask).logits, padded)
-        cached = model(IDS).past_key_values
-        calls.clear()
-        assert torch.allclose(model(IDS[:, :20], past_key_values=cached).logits, after, atol=1e-5)
+        expected = [ask() for ask in asked]
+        attention.use_attention(model)
+        assert all(torch.equal(ask(), logits) for ask, logits in zip(asked, expected, strict=True))
     model(IDS).logits.sum().backward()
     assert calls == []
     assert all(p.grad is not None for p in model.model.layers.parameters())
+
+
+@native_only
+def test_tokens_after_others_are_causal_where_ours_does_not_serve(model: LlamaForCausalLM) -> None:
+    """There is no mask for them then, and torch would take them for the first."""
+    cached = [model(IDS[:, :12]).past_key_values for _ in range(2)]
+    expected = model(IDS[:, 12:], past_key_values=cached[0]).logits
+    attention.use_attention(model)
+    found = model(IDS[:, 12:], past_key_values=cached[1]).logits
+    assert found.requires_grad
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@native_only
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("part", [16, 61, 128])
+def test_parts_of_a_prompt_are_the_whole(
+    model: LlamaForCausalLM, calls: list[torch.Size], dtype: torch.dtype, part: int
+) -> None:
+    """Bit for bit: a query's result does not depend on those beside it. With a mask that hides nothing, too."""
+    model.to(dtype)
+    attention.use_attention(model)
+    ids = (torch.arange(300) * 7 % 64).expand(2, -1)
+    with torch.no_grad():
+        whole = model(ids, use_cache=True)
+        cache, logits = None, []
+        for start in range(0, 300, part):
+            seen = torch.ones(2, min(300, start + part), dtype=torch.long) if start % 2 else None
+            told = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
+            out = model(ids[:, start : start + part], **told)
+            cache = out.past_key_values
+            logits.append(out.logits)
+    short = 300 % part < attention.FEWEST  # these are torch's
+    assert len(calls) == 2 * (1 + len(logits) - short)
+    together, end = torch.cat(logits, 1), 300 - 300 % part * short
+    assert torch.equal(together[:, :end], whole.logits[:, :end])
 
 
 @native_only

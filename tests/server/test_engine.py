@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ pytest.importorskip("fastapi")
 import torch
 from transformers import AutoTokenizer
 
+from llmquant.native import active_backend
+from llmquant.runtime.decode import next_logits
 from llmquant.runtime.loader import load
 from llmquant.server import engine as module
 from llmquant.server.engine import Engine, Full, Job, Progress
@@ -71,14 +74,48 @@ def test_an_answer_does_not_depend_on_the_others(engine: Engine) -> None:
     assert all(tokens == 12 and reason == "length" for _, tokens, reason in alone)
 
 
+@pytest.mark.skipif(active_backend() != "native", reason="the native library is not in use")
+@pytest.mark.parametrize("fails", [False, True])
+def test_tokens_of_several_requests_pass_together(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """And if they cannot, one by one."""
+    seen: list[int] = []
+
+    def counted(model: Any, ids: list[int], caches: list[Any]) -> torch.Tensor | None:
+        seen.append(len(ids))
+        if fails and len(ids) > 1:
+            raise MemoryError
+        return next_logits(model, ids, caches)
+
+    monkeypatch.setattr(module, "next_logits", counted)
+    alone = Asked([5, 6, 7])
+    engine.submit(alone.job)
+    expected = alone.result()
+    assert seen == [1] * 11
+    together = [Asked([5, 6, 7], most=40), Asked([5, 6, 7]), Asked([8, 9], most=30)]
+    for asked in together:
+        engine.submit(asked.job)
+    results = [asked.result() for asked in together]
+    assert results[1] == expected
+    assert max(seen) > 1
+
+
 def test_a_prompt_in_parts_has_the_same_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = torch.randint(3, 500, (70,), generator=torch.Generator().manual_seed(0)).tolist()
-    whole, parts = Asked(ids), Asked(ids)
-    engine.submit(whole.job)
-    expected = whole.result()
-    monkeypatch.setattr(module, "CHUNK", 16)
-    engine.submit(parts.job)
-    assert parts.result() == expected
+    """The same logits, too, however little is left for the last part."""
+    seen: list[torch.Tensor] = []
+    take = module._Turn.take
+    monkeypatch.setattr(module._Turn, "take", lambda *args: seen.append(args[1]) or take(*args))
+    for length in (70, 63, 80):
+        ids = torch.randint(3, 500, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+        answers, logits = [], []
+        for chunk in (256, 16):
+            monkeypatch.setitem(module.CHUNKS, "cpu", chunk)
+            asked = Asked(ids, most=5)
+            engine.submit(asked.job)
+            answers.append(asked.result())
+            logits.append(torch.stack(seen[-5:]))
+        assert answers[0] == answers[1]
+        assert torch.equal(*logits)
+    assert len(seen) == 3 * 5 + (4 + 4) + (3 + 4) + (5 + 4)
 
 
 def test_what_fails_fails_alone(engine: Engine) -> None:
