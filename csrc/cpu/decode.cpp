@@ -84,15 +84,15 @@ void write_numbers(const float* from, int64_t kind, int64_t count, void* to) {
 
 float root(float x) { return __builtin_sqrtf(x); }
 
-void norm(const LlmquantStep& step, const float* state, const void* gain, float* to) {
+void norm(const LlmquantStep& step, const float* from, int64_t count, const void* gain, float* to) {
     Piece squares = {};
-    for (int64_t i = 0; i < step.hidden; i += PIECE) {
-        const Piece piece = load_piece(state + i);
+    for (int64_t i = 0; i < count; i += PIECE) {
+        const Piece piece = load_piece(from + i);
         add_product(squares, piece, piece);
     }
-    const float inverse = 1.0f / root(total(squares) / static_cast<float>(step.hidden) + step.eps);
-    for (int64_t i = 0; i < step.hidden; i += PIECE) {
-        const Piece piece = load_piece(state + i), factor = read_piece(gain, step.kind, i, min(PIECE, step.hidden - i));
+    const float inverse = 1.0f / root(total(squares) / static_cast<float>(count) + step.eps);
+    for (int64_t i = 0; i < count; i += PIECE) {
+        const Piece piece = load_piece(from + i), factor = read_piece(gain, step.kind, i, min(PIECE, count - i));
         for (int v = 0; v < V; ++v) store(to + i + v * LANES, piece.of[v] * inverse * factor.of[v]);
     }
 }
@@ -117,24 +117,27 @@ inline Float read_vector(const void* from, int64_t at) {
 template <int64_t KIND, int HEADS>
 class Group {
   public:
-    Group(const LlmquantStep& step, const LlmquantSequence& sequence_, int64_t layer, int64_t group, float* scratch)
-        : sequence(sequence_),
+    Group(const LlmquantStep& step_, const LlmquantSequence& sequence_, int64_t layer_, int64_t group, float* scratch)
+        : step(step_),
+          layer(step.layers[layer_]),
+          sequence(sequence_),
           width(step.head_width),
           count(sequence.before + 1),
           room(ceil_div(count, PIECE) * PIECE),
           start(group * sequence.capacity * width),
           scale(step.scale * LOG2_E),
-          keys(sequence.keys[layer]),
-          values(sequence.values[layer]),
+          keys(sequence.keys[layer_]),
+          values(sequence.values[layer_]),
           q(scratch),
           key(q + HEADS * width),
-          scores(key + width) {}
+          normed(key + width),
+          scores(normed + width) {}
 
     // The first head's query, the key and the value of this token; `out` is like q. `writes`: what is theirs is put
     // behind the others'.
     void attend(const float* query, const float* own_key, const float* own_value, bool writes, float* out) {
-        for (int h = 0; h < HEADS; ++h) rotate(sequence, query + h * width, width, q + h * width);
-        rotate(sequence, own_key, width, key);
+        for (int h = 0; h < HEADS; ++h) bring(query + h * width, layer.q_gain, q + h * width);
+        bring(own_key, layer.k_gain, key);
         if (writes) remember(own_value);
         compare();
         for (int h = 0; h < HEADS; ++h) inverse[h] = weigh(scores + h * room);
@@ -145,6 +148,12 @@ class Group {
     }
 
   private:
+    // A head of q or k to what is compared.
+    void bring(const float* from, const void* gain, float* to) {
+        if (gain) norm(step, from, width, gain, normed);
+        rotate(sequence, gain ? normed : from, width, to);
+    }
+
     // A row is asked for before it is read: a head's are too few to be noticed as a stream.
     void fetch(const void* from, int64_t at) const {
         for (int64_t i = 0; i < width * bytes_of(KIND); i += LINE)
@@ -222,11 +231,13 @@ class Group {
             for (int v = 0; v < VECTORS; ++v) store(out + h * width + i + v * LANES, mixed[h][v] * inverse[h]);
     }
 
+    const LlmquantStep& step;
+    const LlmquantLayer& layer;
     const LlmquantSequence& sequence;
     const int64_t width, count, room, start;
     const float scale;
     void *const keys, *const values;
-    float *const q, *const key, *const scores;
+    float *const q, *const key, *const normed, *const scores;
     float inverse[HEADS];
 };
 

@@ -3,8 +3,8 @@
 //
 //   h += out(attention(rope(q(n)), rope(k(n)), v(n))),  n = norm(h);     h += down(silu(gate(m)) * up(m)),  m = norm(h)
 //
-// with norm(h) = gain * h / sqrt(mean(h^2) + eps). Every linear is a packed one. The states are fp32 throughout. What a
-// token becomes does not depend on the sequences beside it.
+// with norm(h) = gain * h / sqrt(mean(h^2) + eps); heads of q and k may have such a norm, too. Every linear is a packed
+// one. The states are fp32 throughout. What a token becomes does not depend on the sequences beside it.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,8 @@ struct LlmquantLayer {
     LlmquantLinear q, k, v, out, gate, up, down;  // weights and sizes: x, y, their kind and tokens are not read
     const void* attention_gain;                   // [hidden], of the norm before attention
     const void* mlp_gain;                         // [hidden], of the norm before gate and up
+    const void* q_gain;  // [head_width], of a norm of each head of q before it is rotated; null: there is none
+    const void* k_gain;  // likewise of k
 };
 
 struct LlmquantSequence {

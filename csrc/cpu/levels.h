@@ -44,10 +44,10 @@ struct AttentionKernels {
 struct DecodeKernels {
     void (*read)(const void* from, int64_t kind, int64_t count, float* to);
     void (*write)(const float* from, int64_t kind, int64_t count, void* to);
-    void (*norm)(const LlmquantStep& step, const float* state, const void* gain, float* to);
+    void (*norm)(const LlmquantStep& step, const float* from, int64_t count, const void* gain, float* to);
     // Attention of a token's query heads [first, last) to the keys before and their own, which the first of those that
     // share it writes behind the others. `scratch` has room for the scores of LLMQUANT_HEADS_TOGETHER heads, these
-    // heads, and one more.
+    // heads, and two more.
     void (*attend)(const LlmquantStep& step, const LlmquantSequence& sequence, int64_t layer, const TokenHeads& heads,
                    int64_t first, int64_t last, float* scratch);
     void (*gated)(float* gate, const float* up, int64_t count);  // gate = silu(gate) * up

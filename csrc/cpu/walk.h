@@ -37,7 +37,7 @@ class Walk {
         const int64_t tokens = (step.sequence_count + LLMQUANT_TILE - 1) / LLMQUANT_TILE * LLMQUANT_TILE;
         for (int64_t i = 0; i < step.threads; ++i)
             own.push_back({numbers(step.sequence_count * step.hidden + LLMQUANT_PANEL),
-                           numbers(LLMQUANT_HEADS_TOGETHER * (whole(most + 1) + step.head_width) + step.head_width),
+                           numbers(LLMQUANT_HEADS_TOGETHER * (whole(most + 1) + step.head_width) + 2 * step.head_width),
                            std::vector<int8_t>(static_cast<std::size_t>(tokens * 2 * (widest + LLMQUANT_CHUNK))),
                            numbers(tokens * widest / LLMQUANT_CHUNK),
                            std::vector<int32_t>(static_cast<std::size_t>(tokens * widest / LLMQUANT_CHUNK))});
@@ -117,7 +117,8 @@ class Walk {
     // The thread's own, of all states. What one of them leaves behind its end, the next one overwrites.
     void norm(const void* gain, const Part& part) const {
         for (int64_t t = 0; t < step.sequence_count; ++t)
-            decode.norm(step, state.data() + t * whole(step.hidden), gain, part.own.normed.data() + t * step.hidden);
+            decode.norm(step, state.data() + t * whole(step.hidden), step.hidden, gain,
+                        part.own.normed.data() + t * step.hidden);
     }
 
     // This thread's rows of the linears that share the input x, which it brings to integers as their groups ask for.

@@ -14,6 +14,7 @@ from llmquant.native import Library
 from llmquant.scheme import Scheme
 
 LINEARS = ("q", "k", "v", "out", "gate", "up", "down")
+GAINS = ("attention_gain", "mlp_gain", "q_gain", "k_gain")
 HEAD_MULTIPLE = 16  # the width of a head is one of it
 
 
@@ -31,11 +32,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer: `linears` are those of LINEARS in their order, the gains those of its norms, [hidden]."""
+    """A decoder layer: `linears` are those of LINEARS in their order, the gains those of its norms, [hidden].
+
+    `q_gain` and `k_gain`, [head_width], are of norms of each head before it is rotated, where there are such.
+    """
 
     linears: tuple[Weight, ...]
     attention_gain: Tensor
     mlp_gain: Tensor
+    q_gain: Tensor | None = None
+    k_gain: Tensor | None = None
 
 
 class Buffers:
@@ -67,7 +73,7 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, Task) for name in LINEARS),
-        *((name, ctypes.c_void_p) for name in ("attention_gain", "mlp_gain")),
+        *((name, ctypes.c_void_p) for name in GAINS),
     ]
 
 
@@ -154,4 +160,5 @@ def _layer(block: Block) -> _Layer:
         name: Task(**weight_fields(weight.panels, weight.bias, weight.m, weight.n, weight.scheme, weight.planes))
         for name, weight in zip(LINEARS, block.linears, strict=True)
     }
-    return _Layer(**tasks, attention_gain=block.attention_gain.data_ptr(), mlp_gain=block.mlp_gain.data_ptr())
+    gains = {name: gain.data_ptr() for name in GAINS if (gain := getattr(block, name)) is not None}
+    return _Layer(**tasks, **gains)

@@ -26,13 +26,14 @@ from llmquant.native import Library, find_library
 from llmquant.runtime.linear import QuantLinear
 
 # Whose layers are those of csrc/cpu/decode.h, with the modules below in them.
-FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model")
-CAUSAL = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # and nothing comes after whose head
+FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+CAUSAL = tuple(name.replace("Model", "ForCausalLM") for name in FAMILIES)  # nothing comes after their heads
 LINEARS = (
     *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
 )
 NORMS = ("input_layernorm", "post_attention_layernorm")
+HEAD_NORMS = ("q_norm", "k_norm")  # in self_attn, where there are such
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # that depend on the position alone
 CACHE = "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"
 DENSE = torch.ops.llmquant.dense.default
@@ -133,7 +134,7 @@ class Decoder:
         ids, mask, config = asked.get("input_ids"), asked.get("attention_mask"), self._base.config
         if ids is None or ids.shape != (1, 1) or type(cache) is not DynamicCache or torch.is_grad_enabled():
             return False
-        if mask is not None and (mask.dim() != 2 or not bool(mask.all())):
+        if mask is not None and (isinstance(mask, dict) or mask.dim() != 2 or not bool(mask.all())):
             return False
         wanted = ("output_attentions", "output_hidden_states")
         if any(asked.get(name) or getattr(config, name, False) for name in wanted):
@@ -169,17 +170,16 @@ class Decoder:
         dtype = base.norm.weight.dtype
         layers = list(base.layers)
         linears = [[getattr(getattr(layer, owner), name) for owner, name in LINEARS] for layer in layers]
-        gains = [getattr(layer, name).weight for layer in layers for name in NORMS] + [base.norm.weight]
+        gains = [[*_gains(layer)] for layer in layers]
         known = [isinstance(linear, QuantLinear) and linear.order is None for linear in chain(*linears)]
         if not isinstance(library, Library) or not all(known):
             return None
-        if dtype not in KINDS or any(gain.dtype != dtype or gain.device.type != "cpu" for gain in gains):
+        if dtype not in KINDS or any(
+            g.dtype != dtype or g.device.type != "cpu" for g in chain([base.norm.weight], *gains)
+        ):
             return None
         self._rooms.clear()
-        blocks = [
-            Block(tuple(map(_weight, row)), layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-            for row, layer in zip(linears, layers, strict=True)
-        ]
+        blocks = [Block(tuple(map(_weight, row)), *own) for row, own in zip(linears, gains, strict=True)]
         attention = layers[0].self_attn
         eps, scale = base.norm.variance_epsilon, attention.scaling
         return Steps(library, blocks, base.norm.weight, head_width=attention.head_dim, eps=eps, scale=scale)
@@ -257,9 +257,16 @@ def _modules(base: Any) -> Iterator[_Module]:
             yield _Module(layer._modules, name, layer._modules[name])
         for owner in dict.fromkeys(owner for owner, _ in LINEARS):
             yield _Module(layer._modules, owner, layer._modules[owner])
-        for owner, name in LINEARS:
+        heads = [("self_attn", name) for name in HEAD_NORMS if name in layer._modules["self_attn"]._modules]
+        for owner, name in (*LINEARS, *heads):
             inner = layer._modules[owner]
             yield _Module(inner._modules, name, inner._modules[name])
+
+
+def _gains(layer: Any) -> Iterator[Tensor]:
+    """Of a layer's norms, in the order of `Block`."""
+    yield from (getattr(layer, name).weight for name in NORMS)
+    yield from (getattr(layer.self_attn, name).weight for name in HEAD_NORMS if hasattr(layer.self_attn, name))
 
 
 def _weight(linear: QuantLinear) -> Weight:

@@ -35,6 +35,7 @@ class Model(NamedTuple):
     weights: list[dict[str, Weight]]
     biases: list[dict[str, Tensor | None]]
     gains: list[Tensor]
+    head_gains: list[Tensor]  # of the queries' and the keys' heads in each layer; or none at all
     heads: int
     kv_heads: int
     width: int
@@ -50,6 +51,8 @@ class Model(NamedTuple):
 
             n = norm(state, self.gains[2 * i])
             q, k, v = (apply(name, n).view(-1, self.width) for name in ("q", "k", "v"))
+            if self.head_gains:
+                q, k = (norm(x, gain) for x, gain in zip((q, k), self.head_gains[2 * i :], strict=False))
             q, k = (
                 x * cosines + torch.cat((-x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]), 1) * sines for x in (q, k)
             )
@@ -65,7 +68,7 @@ class Model(NamedTuple):
 
 
 def norm(x: Tensor, gain: Tensor) -> Tensor:
-    return x / (x.square().mean() + 1e-5).sqrt() * gain.double()
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain.double()
 
 
 def model(
@@ -81,6 +84,7 @@ def model(
     schemes: tuple[Scheme, ...] = (Scheme(4, 32), Scheme(4, 32, symmetric=False)),
     planes: int = 2,
     biased: bool = True,
+    head_norms: bool = False,
 ) -> Model:
     """`schemes` go around the linears, so that some of those that share an input differ."""
     inner, kv = heads * width, kv_heads * width
@@ -88,6 +92,8 @@ def model(
     generator = torch.Generator().manual_seed(hidden)
     weights, biases, blocks = [], [], []
     gains = [torch.rand(hidden, generator=generator).add(0.5).to(kind) for _ in range(2 * layers + 1)]
+    heads_too = 2 * layers if head_norms else 0
+    head_gains = [torch.rand(width, generator=generator).add(0.5).to(kind) for _ in range(heads_too)]
     for i in range(layers):
         made = {
             name: weight(schemes[j % len(schemes)], m, n, seed=7 * i + j)
@@ -97,11 +103,11 @@ def model(
             name: torch.randn(len(w.real), generator=generator).to(kind) if biased else None for name, w in made.items()
         }
         operands = [Operand(w.panels, bias[name], *w.real.shape, w.scheme, planes) for name, w in made.items()]
-        blocks.append(Block(tuple(operands), gains[2 * i], gains[2 * i + 1]))
+        blocks.append(Block(tuple(operands), *gains[2 * i : 2 * i + 2], *head_gains[2 * i : 2 * i + 2]))
         weights.append(made)
         biases.append(bias)
     steps = Steps(LIBRARY_IN_USE, blocks, gains[-1], head_width=width, eps=1e-5, scale=width**-0.5, level=level)
-    return Model(weights, biases, gains, heads, kv_heads, width, steps)
+    return Model(weights, biases, gains, head_gains, heads, kv_heads, width, steps)
 
 
 def rotation(width: int, position: int) -> tuple[Tensor, Tensor]:
@@ -132,6 +138,12 @@ def compare(made: Model, kind: torch.dtype, hidden: int, before: int, tokens: in
 @pytest.mark.parametrize("before", [0, 1, 37])
 def test_a_token_is_right(level: int, kind: torch.dtype, before: int) -> None:
     assert max(compare(model(kind, level), kind, 40, before, tokens=3)) < BOUND[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_heads_may_have_norms(level: int, kind: torch.dtype) -> None:
+    assert max(compare(model(kind, level, head_norms=True), kind, 40, 21, tokens=3)) < BOUND[kind]
 
 
 @settings(deadline=None, max_examples=60)

@@ -80,7 +80,7 @@ def tokens(model: Any, count: int, start: Any = None) -> tuple[Tensor, Any]:
     return torch.cat(logits, 1), cache
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_tokens_are_those_of_transformers(packed: Callable[..., Path], taken: list[int], arch: str) -> None:
     a, b = load(packed(arch), torch.float32), without_steps(load(packed(arch), torch.float32))
     (logits, cache), (expected, wanted) = tokens(a, 300), tokens(b, 300)
@@ -92,9 +92,9 @@ def test_tokens_are_those_of_transformers(packed: Callable[..., Path], taken: li
         assert torch.allclose(layer.values, other.values, **CLOSE)
 
 
-@pytest.mark.parametrize("arch", ["mistral", "qwen3", "gemma2", "opt"])
+@pytest.mark.parametrize("arch", ["mistral", "gemma2", "opt"])
 def test_other_families_are_left_to_transformers(packed: Callable[..., Path], taken: list[int], arch: str) -> None:
-    """Sliding windows, norms of queries, other activations."""
+    """Sliding windows, other norms and activations."""
     logits, _ = tokens(load(packed(arch), torch.float32), 2)
     assert taken == []
     assert logits.isfinite().all()
