@@ -108,6 +108,13 @@ def find_library() -> Library | str:
         return f"the native library cannot be used: {error}"
 
 
+def release_threads() -> None:
+    """End the threads that this thread has computed with, before another one is to compute; see csrc/cpu/levels.h."""
+    library = find_library()
+    if isinstance(library, Library):
+        library.functions.llmquant_release_threads()
+
+
 @cache
 def find_gpu_backend() -> Backend:
     """What computes on CUDA devices: our library, else Triton, else plain torch.

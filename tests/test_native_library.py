@@ -84,6 +84,23 @@ def test_an_unknown_backend_is_refused_when_it_is_used_not_at_import() -> None:
     assert "LLMQUANT_BACKEND: 'opencl' is no backend; use native, cuda, triton or reference" in child.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc, which is Linux's")
+def test_threads_are_let_go(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    if native.active_backend() != "native" or not native.Library().functions.llmquant_threaded():
+        pytest.skip("the native library was not built, or without OpenMP")
+    x, threads = torch.randn(1 << 20), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        before = x.exp().sum()
+        there = len(os.listdir("/proc/self/task"))
+        native.release_threads()
+        assert len(os.listdir("/proc/self/task")) <= there - 2
+        assert torch.equal(x.exp().sum(), before)
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ---- on GPUs
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

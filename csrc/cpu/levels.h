@@ -18,6 +18,10 @@ LLMQUANT_EXPORT int64_t llmquant_abi();
 LLMQUANT_EXPORT const char* llmquant_level(int64_t level);
 // 1 if OpenMP was there to build with, else everything runs on one thread.
 LLMQUANT_EXPORT int64_t llmquant_threaded();
+// Ends the threads with which the caller's thread has computed; it gets others when it computes again. If there are
+// more threads than processors, OpenMP puts those that wait to sleep at once, and waking them takes longer than much of
+// what they do: so who hands its work to a thread of its own lets go of these before.
+LLMQUANT_EXPORT void llmquant_release_threads();
 
 namespace llmquant {
 

@@ -152,6 +152,12 @@ int64_t llmquant_threaded() {
 #endif
 }
 
+void llmquant_release_threads() {
+#if defined(_OPENMP) && (defined(__clang__) || __GNUC__ >= 9)
+    omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
 int64_t llmquant_linear(const LlmquantLinear* task) {
     const llmquant::LinearKernels& kernels = *llmquant::usable_level(task->level).linear;
     const int64_t products = task->tokens * task->rows * task->columns, panels = llmquant::panels_of(*task);

@@ -2,13 +2,46 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
+#include <thread>
 #include <vector>
 
 #include "decode.h"
 
 namespace llmquant {
+
+// Where threads wait for each other, five times in a layer. OpenMP's own barrier puts a thread to sleep at once if
+// there have ever been more threads than processors, of whoever's parallel regions: then each wait takes 50 us instead
+// of 1.
+class Meeting {
+  public:
+    void wait(int64_t count) {
+        const int64_t now = round.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int turn = 0; round.load(std::memory_order_acquire) == now; ++turn)
+            turn < PATIENCE ? pause() : std::this_thread::yield();  // who is awaited may need this processor
+    }
+
+  private:
+    static constexpr int PATIENCE = 1 << 12;  // pauses, of 10 to 50 ns
+
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    }
+
+    alignas(64) std::atomic<int64_t> arrived = 0;
+    alignas(64) std::atomic<int64_t> round = 0;
+};
 
 // Rows of the products are shared between the threads, and heads of the attention. What is little work each thread does
 // for itself: that takes less time than to wait for another. A result depends on its own row and token alone, so never
@@ -49,24 +82,24 @@ class Walk {
         if (thread == 0)
             for (int64_t t = 0; t < step.sequence_count; ++t)
                 decode.read(given(t), step.kind, step.hidden, state.data() + t * whole(step.hidden));
-        wait();
+        meeting.wait(count);
         for (int64_t i = 0; i < step.layer_count; ++i) {
             const LlmquantLayer& layer = step.layers[i];
             norm(layer.attention_gain, part);
             multiply({{layer.q, q}, {layer.k, k}, {layer.v, v}}, part.own.normed, part);
-            wait();
+            meeting.wait(count);
             attend(i, part);
-            wait();
+            meeting.wait(count);
             multiply({{layer.out, change}}, attended, part);
             add_change(layer.out, part);
-            wait();
+            meeting.wait(count);
             norm(layer.mlp_gain, part);
             multiply({{layer.gate, gate}, {layer.up, up}}, part.own.normed, part);
             apply_gate(layer.gate, part);
-            wait();
+            meeting.wait(count);
             multiply({{layer.down, change}}, gate, part);
             add_change(layer.down, part);
-            wait();
+            meeting.wait(count);
         }
         if (thread == 0) {
             norm(step.final_gain, part);
@@ -103,12 +136,6 @@ class Walk {
     static int64_t whole(int64_t count) { return (count + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL * LLMQUANT_PANEL; }
 
     static Vector numbers(int64_t count) { return Vector(static_cast<std::size_t>(whole(count))); }
-
-    static void wait() {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-    }
 
     void* given(int64_t token) const {
         return static_cast<char*>(step.states) + token * step.hidden * bytes_of(step.kind);
@@ -185,6 +212,7 @@ class Walk {
     const LinearKernels& linear;
     Vector state, change, q, k, v, attended, gate, up;
     std::vector<Own> own;
+    Meeting meeting;
     int64_t work = 0;  // of attention: keys, for each head
 };
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from llmquant.kernels.attention import FEWEST
+from llmquant.native import release_threads
 from llmquant.runtime.decode import CACHE, next_logits
 from llmquant.server.reader import Reader
 from llmquant.server.sampling import Sampler, Sampling
@@ -122,6 +123,7 @@ class Engine:
         self._at_once, self._queue = at_once, queue
         self._changed = threading.Condition()
         self._closed = False
+        release_threads()  # of whoever has loaded the model
         self._thread = threading.Thread(target=self._run, name="llmquant-engine", daemon=True)
         self._thread.start()
 
