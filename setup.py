@@ -4,8 +4,9 @@ llmquant_torch.so; pyproject.toml holds everything else.
 LLMQUANT_NATIVE=0 leaves it out, LLMQUANT_NATIVE=1 makes its failure an error. By default an installation without CMake
 or a C++ compiler goes on without it: llmquant then computes with torch alone, and says so.
 
-Where nvcc and a torch with CUDA are installed, llmquant/_native/llmquant_cuda.so is made, too. LLMQUANT_CUDA=0 leaves
-it out, LLMQUANT_CUDA=1 asks for it whatever torch is there, and makes its failure an error.
+Where nvcc and a torch with CUDA are installed, llmquant/_native/llmquant_cuda.so is made, too, with its binding
+llmquant_torch_cuda.so. LLMQUANT_CUDA=0 leaves them out, LLMQUANT_CUDA=1 asks for them whatever torch is there (without
+one, for the library alone), and makes their failure an error.
 """
 
 import os
@@ -23,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("LLMQUANT_NATIVE", "")
 KERNELS, BINDING = "llmquant._native.llmquant_cpu", "llmquant._native.llmquant_torch"
-CUDA_KERNELS = "llmquant._native.llmquant_cuda"
+CUDA_KERNELS, CUDA_BINDING = "llmquant._native.llmquant_cuda", "llmquant._native.llmquant_torch_cuda"
 
 
 def torch_directory() -> str:
@@ -61,8 +62,8 @@ class CMakeBuild(build_ext):
         return fullname.replace(".", os.sep) + ".so"  # no Python in it, so no Python version in its name
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.name == BINDING:
-            return  # the build of the kernels makes it, too
+        if ext.name in (BINDING, CUDA_BINDING):
+            return  # the build of their kernels makes them, too
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         if ext.name == CUDA_KERNELS:
             self.build_cuda(output)
@@ -82,13 +83,18 @@ class CMakeBuild(build_ext):
     def build_cuda(self, output: Path) -> None:
         """Apart from the others: its failure costs nothing but itself."""
         build = f"{self.build_temp}/cuda"
+        options = f"-DLLMQUANT_OUTPUT={output}", "-DLLMQUANT_CUDA=ON", f"-DLLMQUANT_TORCH={TORCH}"
+        what = "CUDA kernels"
         try:
-            self.cmake("-S", str(ROOT), "-B", build, f"-DLLMQUANT_OUTPUT={output}", "-DLLMQUANT_CUDA=ON")
+            self.cmake("-S", str(ROOT), "-B", build, *options)
             self.cmake("--build", build, "--parallel", "--config", "Release", "--target", "llmquant_cuda")
+            if TORCH:
+                what = "binding of the CUDA kernels to torch"
+                self.cmake("--build", build, "--config", "Release", "--target", "llmquant_torch_cuda")
         except (OSError, subprocess.CalledProcessError) as error:
             if CUDA_WANTED == "1":
-                raise SystemExit(f"error: LLMQUANT_CUDA=1: the CUDA kernels cannot be built: {error}") from error
-            sys.stderr.write(f"warning: llmquant goes on without its CUDA kernels: {error}\n")
+                raise SystemExit(f"error: LLMQUANT_CUDA=1: the {what} cannot be built: {error}") from error
+            sys.stderr.write(f"warning: llmquant goes on without its {what}: {error}\n")
 
     def cmake(self, *arguments: str) -> None:
         program = shutil.which("cmake")
@@ -107,7 +113,7 @@ class AnyPythonWheel(bdist_wheel):
 
 def main() -> None:
     names = [] if WANTED == "0" else [KERNELS, BINDING] if TORCH else [KERNELS]
-    names += [] if cuda_refusal() else [CUDA_KERNELS]
+    names += [] if cuda_refusal() else [CUDA_KERNELS, CUDA_BINDING] if TORCH else [CUDA_KERNELS]
     setup(
         ext_modules=[Extension(name, sources=[], optional="1" not in (WANTED, CUDA_WANTED)) for name in names],
         cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},

@@ -20,6 +20,8 @@ from llmquant.errors import RecipeError
 LIBRARY = Path(os.environ.get("LLMQUANT_LIBRARY") or Path(__file__).parent / "_native" / "llmquant_cpu.so")
 BINDING = LIBRARY.with_name("llmquant_torch.so")  # to torch, see csrc/torch
 CUDA_LIBRARY = LIBRARY.with_name("llmquant_cuda.so")
+CUDA_BINDING = LIBRARY.with_name("llmquant_torch_cuda.so")
+TORCH_CUDA = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
 VARIABLE = "LLMQUANT_BACKEND"
 BACKENDS = ("native", "cuda", "triton", "reference")
 GPU_BACKENDS = ("cuda", "triton")  # the better one first
@@ -82,6 +84,28 @@ class CudaLibrary:
         return ctypes.c_void_p(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
+def bind_cuda() -> str:
+    """Let torch call the CUDA library without Python, by csrc/torch/cuda_ops.cpp. One clause: whether it does.
+
+    What torch's stable ABI does not have is looked for where torch's own calls find it: in its CUDA library, and in the
+    CUDA runtime that this is linked to.
+    """
+    if not CUDA_BINDING.is_file():
+        return f"called through Python: there is no {CUDA_BINDING}; install llmquant again with --no-build-isolation"
+    try:
+        binding = ctypes.CDLL(os.fspath(CUDA_BINDING))
+        own = ctypes.CDLL(os.fspath(TORCH_CUDA))
+        given = own.aoti_torch_get_current_cuda_stream, own.cudaStreamIsCapturing
+        serve = binding.llmquant_torch_cuda_serve
+    except (OSError, AttributeError) as error:
+        return f"called through Python: {CUDA_BINDING.name} cannot be used: {error}"
+    serve.restype = ctypes.c_char_p
+    reason = serve(*(ctypes.cast(function, ctypes.c_void_p) for function in given))
+    if reason is None:
+        return "called by torch itself"
+    return f"called through Python: {CUDA_BINDING.name} cannot be used: {reason.decode()}; install llmquant again"
+
+
 class Backend(NamedTuple):
     name: str  # one of BACKENDS
     why: str
@@ -133,8 +157,8 @@ def find_gpu_backend() -> Backend:
             library = CudaLibrary() if name == "cuda" else None
             if name == "triton" and find_spec("triton") is None:
                 raise OSError("Triton is not installed")
-            asked = f"{VARIABLE} asks for it" if wanted == name else CUDA_LIBRARY.name
-            return Backend(name, "; ".join(reasons) or asked, library)
+            why = "; ".join(reasons) or (f"{VARIABLE} asks for it" if wanted == name else CUDA_LIBRARY.name)
+            return Backend(name, f"{why}, {bind_cuda()}" if library else why, library)
         except OSError as error:
             reasons.append(f"{name} cannot be used: {error}")
     if wanted in GPU_BACKENDS:

@@ -1,11 +1,8 @@
 // torch.ops.llmquant.w4_linear on the CPU, through torch's stable ABI: built once, it serves every torch from 2.10 on.
 // The operator is defined, and computed on other devices, in llmquant/kernels/ops.py.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
 #include <optional>
@@ -13,24 +10,17 @@
 #include <vector>
 
 #include "../cpu/linear.h"
+#include "tensors.h"
 
 namespace llmquant {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+static_assert(LLMQUANT_BF16 == 0 && LLMQUANT_FP16 == 1 && LLMQUANT_FP32 == 2, "kind_of numbers them so");
 
-int64_t kind_of(const Tensor& tensor, const char* name) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::BFloat16:
-            return LLMQUANT_BF16;
-        case ScalarType::Half:
-            return LLMQUANT_FP16;
-        case ScalarType::Float:
-            return LLMQUANT_FP32;
-        default:
-            STD_TORCH_CHECK(false, "w4_linear: ", name, " is of no dtype that is served; use bf16, fp16 or fp32");
-    }
+int64_t known_kind_of(const Tensor& tensor, const char* name) {
+    const int64_t kind = kind_of(tensor);
+    STD_TORCH_CHECK(kind >= 0, "w4_linear: ", name, " is of no dtype that is served; use bf16, fp16 or fp32");
+    return kind;
 }
 
 std::string text(const Tensor& tensor) {
@@ -49,18 +39,6 @@ const void* checked(const Tensor& tensor, const char* name, std::initializer_lis
     return tensor.data_ptr();
 }
 
-bool of_bytes(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Byte; }
-
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (std::size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
-    AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                    static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0,
-                                                    &made));
-    return Tensor(made);
-}
-
 Tensor w4_linear(const Tensor& given, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
                  const std::optional<Tensor>& bias, int64_t rows, int64_t bits, int64_t group_size, int64_t planes) {
     STD_TORCH_CHECK(bits == 4 || bits == 8, "w4_linear: bits is ", bits, "; use 4 or 8");
@@ -74,24 +52,25 @@ Tensor w4_linear(const Tensor& given, const Tensor& codes, const Tensor& scales,
 
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = rows;
-    const Tensor y = empty(sizes, x.scalar_type());
+    const std::optional<Tensor> y = empty(sizes, x.scalar_type(), device_of(x));
+    STD_TORCH_CHECK(y, "w4_linear: no memory for the results of ", text(x), " activations");
 
     LlmquantLinear task = {};
     task.x = x.data_ptr();
-    task.x_kind = kind_of(x, "x");
+    task.x_kind = known_kind_of(x, "x");
     const int64_t steps = padded(columns) * bits / 32;
     task.codes =
         static_cast<const uint8_t*>(checked(codes, "codes", {panels, steps, LLMQUANT_PANEL, 4}, of_bytes(codes)));
-    task.scale_kind = kind_of(scales, "scales");
+    task.scale_kind = known_kind_of(scales, "scales");
     task.scales = checked(scales, "scales", {panels, groups, LLMQUANT_PANEL}, true);
     if (zeros)
         task.zeros =
             static_cast<const uint8_t*>(checked(*zeros, "zeros", {panels, groups, LLMQUANT_PANEL}, of_bytes(*zeros)));
     if (bias) {
-        task.bias_kind = kind_of(*bias, "bias");
+        task.bias_kind = known_kind_of(*bias, "bias");
         task.bias = checked(*bias, "bias", {rows}, true);
     }
-    task.y = y.data_ptr();
+    task.y = y->data_ptr();
     task.tokens = x.numel() / columns;
     task.rows = rows;
     task.columns = columns;
@@ -100,7 +79,7 @@ Tensor w4_linear(const Tensor& given, const Tensor& codes, const Tensor& scales,
     task.planes = planes;
     task.threads = torch::stable::get_num_threads();
     STD_TORCH_CHECK(llmquant_linear(&task) == 0, "w4_linear: no memory for ", text(x), " activations");
-    return y;
+    return *y;
 }
 
 }  // namespace

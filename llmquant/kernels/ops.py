@@ -2,10 +2,13 @@
 and `attention`, which is causal.
 
 On the CPU the native library serves, where it was built: bound to torch by csrc/torch, or called from here where that
-part was not built. On GPUs `w4_linear` is computed by `kernels.backends`. Everything else is the reference.
+part was not built. On GPUs `w4_linear` is computed by `kernels.backends`; where the CUDA library is bound to torch, too,
+only what csrc/torch/cuda_ops.cpp hands over comes here, as `w4_linear_any`. Everything else is the reference.
 """
 
+import threading
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +23,12 @@ from llmquant.native import BINDING, Library, find_library
 from llmquant.scheme import Scheme
 
 _definitions = torch.library.Library("llmquant", "DEF")
-_definitions.define(
-    "w4_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int bits, int group_size,"
-    " int planes) -> Tensor"
+_SCHEMA = (
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int bits, int group_size, int planes)"
+    " -> Tensor"
 )
+_definitions.define(f"w4_linear{_SCHEMA}")
+_definitions.define(f"w4_linear_any{_SCHEMA}")
 _definitions.define("dense(Tensor x, Tensor weight) -> Tensor")
 _definitions.define("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
 
@@ -46,6 +51,29 @@ def _w4_linear(
     if isinstance(library, Library) and x.device.type == "cpu":
         return Native(library).linear(x.contiguous(), packed, bias, rows, scheme, planes)
     return kernels_for(x.device.type, bits).linear(x.contiguous(), packed, bias, rows, scheme)
+
+
+_raised = threading.local()
+
+
+@torch.library.impl(_definitions, "w4_linear_any", "CompositeExplicitAutograd")
+def _w4_linear_any(*operands: Any) -> Tensor:
+    """What csrc/torch/cuda_ops.cpp hands over. No exception passes through torch's stable ABI: instead its words do."""
+    try:
+        return _w4_linear(*operands)
+    except BaseException as error:  # a signal's, too
+        _raised.last = error.with_traceback(None)  # which would keep the operands
+        return torch.frombuffer(bytearray(_words(error), "utf-8"), dtype=torch.uint8)
+
+
+def as_raised(error: RuntimeError) -> BaseException:
+    """What was raised in Python, if that is what came back as `error`, by its words alone."""
+    last, _raised.last = getattr(_raised, "last", None), None
+    return last if last and _words(last) == str(error) else error
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 @torch.library.register_fake("llmquant::w4_linear")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.formats import FORMATS, Format
-from llmquant.kernels import ops  # noqa: F401  (defines torch.ops.llmquant)
+from llmquant.kernels import ops
 from llmquant.kernels.backends import Kernels, kernels_for
 from llmquant.kernels.cpu import PLANES
 from llmquant.kernels.layout import Packed
@@ -94,7 +94,10 @@ class QuantLinear(nn.Module):
         if (order := held["order"]) is not None:
             x = x.index_select(-1, order)
         weight = held["codes"], held["scales"], held["zeros"], self._parameters["bias"], self.out_features
-        return W4_LINEAR(x, *weight, self.scheme.bits, self.scheme.group_size, PLANES[self.precision])
+        try:
+            return W4_LINEAR(x, *weight, self.scheme.bits, self.scheme.group_size, PLANES[self.precision])
+        except RuntimeError as error:
+            raise ops.as_raised(error) from None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
