@@ -95,7 +95,7 @@ step build 240 "$nvcc" -std=c++17 -O3 -gencode "arch=compute_$arch,code=sm_$arch
     -Xcompiler -fPIC,-fvisibility=hidden csrc/cuda/*.cu -o llmquant/_native/llmquant_cuda.so || status=1
 torch=$("$python" -c 'import importlib.util as util; print(util.find_spec("torch").submodule_search_locations[0])')
 step binding 60 "${CXX:-c++}" -std=c++17 -O3 -shared -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000 \
-    -isystem "$torch/include" csrc/torch/cuda_ops.cpp llmquant/_native/llmquant_cuda.so "-L$torch/lib" -ltorch_cpu \
+    -isystem "$torch/include" csrc/torch/cuda_ops.cpp -Lllmquant/_native -l:llmquant_cuda.so "-L$torch/lib" -ltorch_cpu \
     "-Wl,-rpath,\$ORIGIN" -o llmquant/_native/llmquant_torch_cuda.so || status=1
 step runtime 60 "$python" -c 'from llmquant.native import describe_gpu_backend; print(describe_gpu_backend())' || status=1
 

@@ -152,3 +152,21 @@ def test_a_gpu_that_is_too_old_gets_plain_torch(fresh_choice: None, monkeypatch:
     native.find_gpu_backend.cache_clear()
     with pytest.raises(RecipeError, match=r"triton cannot be used: a GPU has compute capability 7\.5"):
         native.find_gpu_backend()
+
+
+def test_how_the_cuda_library_is_called_is_said(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through Python where the binding is not there, or is none."""
+    devices(monkeypatch, (9, 0))
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    monkeypatch.setattr(native, "CudaLibrary", object)
+    monkeypatch.setattr(native, "CUDA_BINDING", tmp_path / "llmquant_torch_cuda.so")
+    assert native.describe_gpu_backend() == (
+        f"cuda (llmquant_cuda.so, called through Python: there is no {native.CUDA_BINDING}; "
+        "install llmquant again with --no-build-isolation)"
+    )
+    native.CUDA_BINDING.write_bytes(b"not a library")
+    native.find_gpu_backend.cache_clear()
+    words = f"cuda (llmquant_cuda.so, called through Python: llmquant_torch_cuda.so cannot be used: {tmp_path}"
+    assert native.describe_gpu_backend().startswith(words)

@@ -79,7 +79,7 @@ bool describe(const Operands& given, Device device, LlmquantCudaLinear* task) {
     if (llmquant_cuda_sizes(&weight, bytes.data())) return false;
     if (!of_bytes(codes) || !is_flat(codes, bytes[0], device) || !is_flat(scales, bytes[1] / 2, device)) return false;
     if (zeros && (!of_bytes(*zeros) || !is_flat(*zeros, bytes[2], device))) return false;
-    if (bias && (kind_of(*bias) < 0 || !is_flat(*bias, rows, device))) return false;
+    if (bias && !is_flat(*bias, rows, device)) return false;
     weight.codes = codes.data_ptr();
     weight.scales = scales.data_ptr();
     weight.zeros = zeros ? zeros->data_ptr() : nullptr;
@@ -136,7 +136,7 @@ std::optional<Tensor> multiply(const Operands& given) {
         task.partials = partials->data_ptr();
         task.partials_bytes = needs[0];
         task.tickets = static_cast<uint32_t*>(tickets->data_ptr());
-        task.tickets_count = needs[1];
+        task.tickets_count = tickets->numel();
     }
     const int64_t code = llmquant_cuda_linear(&task, stream);
     if (code > 0) throw std::runtime_error(std::string("llmquant_cuda_linear: ") + llmquant_cuda_message(code));

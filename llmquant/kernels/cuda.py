@@ -1,8 +1,8 @@
 """Products with packed weights by the CUDA library of csrc/cuda, through its plain C interface; see docs/cuda.md.
 
 The library is called with raw pointers and the current stream. It allocates nothing and waits for nothing, and torch
-sees one operator, so a product can be captured in a CUDA graph and compiled around. A binding in C++ would save some
-microseconds of Python in each call, which a graph saves as well, and would have to be built for a CUDA torch.
+sees one operator, so a product can be captured in a CUDA graph and compiled around. Where csrc/torch/cuda_ops.cpp was
+built, ordinary products outside of graphs go from torch to the library without coming here.
 """
 
 import ctypes

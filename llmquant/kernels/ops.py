@@ -2,8 +2,8 @@
 and `attention`, which is causal.
 
 On the CPU the native library serves, where it was built: bound to torch by csrc/torch, or called from here where that
-part was not built. On GPUs `w4_linear` is computed by `kernels.backends`; where the CUDA library is bound to torch, too,
-only what csrc/torch/cuda_ops.cpp hands over comes here, as `w4_linear_any`. Everything else is the reference.
+part was not built. On GPUs `w4_linear` is computed by `kernels.backends`; where csrc/torch binds the CUDA library, too,
+only what that binding hands over comes here, as `w4_linear_any`. Everything else is the reference.
 """
 
 import threading
@@ -24,8 +24,8 @@ from llmquant.scheme import Scheme
 
 _definitions = torch.library.Library("llmquant", "DEF")
 _SCHEMA = (
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int bits, int group_size, int planes)"
-    " -> Tensor"
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int bits, int group_size,"
+    " int planes) -> Tensor"
 )
 _definitions.define(f"w4_linear{_SCHEMA}")
 _definitions.define(f"w4_linear_any{_SCHEMA}")

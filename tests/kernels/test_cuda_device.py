@@ -3,6 +3,7 @@
 Without one, Triton's kernels are run by its interpreter, and those of csrc/cuda are compiled for the CPU.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from triton_cases import DEVICE
 
 from llmquant import native
-from llmquant.kernels import backends, cuda
+from llmquant.kernels import backends, cuda, ops
 from llmquant.kernels.backends import PANELS, kernels_for
 from llmquant.kernels.layout import Packed
-from llmquant.native import CUDA_LIBRARY
+from llmquant.native import CUDA_BINDING, CUDA_LIBRARY
 from llmquant.runtime.linear import QuantLinear
 from llmquant.scheme import Scheme
 
@@ -257,12 +258,22 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"{CUDA_LIBRARY.name} was not built")
     cached: tuple[Callable[[], None], ...] = (native.find_gpu_backend.cache_clear, backends.kernels_for.cache_clear)
     monkeypatch.setenv(native.VARIABLE, request.param)
-    for clear in cached:
+    for clear in (*cached, withdraw):
         clear()
     yield request.param
     monkeypatch.undo()
-    for clear in cached:
+    for clear in (*cached, withdraw):
         clear()
+
+
+def withdraw() -> None:
+    """Torch calls the CUDA library itself no longer, until that is chosen again: a user's process chooses once."""
+    if CUDA_BINDING.is_file():
+        ctypes.CDLL(str(CUDA_BINDING)).llmquant_torch_cuda_serve(None, None)
+
+
+def called_by_torch() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("llmquant::w4_linear", "CUDA")
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 32, symmetric=False), Scheme(4, 128), Scheme(8, 32)], ids=str)
@@ -272,6 +283,7 @@ def test_a_layer_moves_to_the_gpu_and_back(scheme: Scheme, backend: str) -> None
     before = linear.state_dict()
     linear.cuda()
     assert (kernels_for("cuda", scheme.bits) == PANELS) == (backend == "reference")
+    assert called_by_torch() == (backend == "cuda" and CUDA_BINDING.is_file())
     x = rows(5, 320, torch.bfloat16)
     linear.bfloat16()
     assert relative_error(linear(x.cuda()).cpu(), x.double() @ w.real.T + 1) < 8e-3
@@ -293,3 +305,110 @@ def test_torch_accepts_the_operator(backend: str) -> None:
     assert torch.equal(compiled(x), linear(x))
     with pytest.raises(RuntimeError, match=r"w4_linear: codes is .*, on cpu; expected"):
         torch.ops.llmquant.w4_linear(x, linear.codes.cpu(), *operands[2:])
+
+
+# ---- the operator without Python
+
+
+@pytest.fixture
+def handed_over(backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What torch did not give to the CUDA library itself."""
+    if not CUDA_BINDING.is_file():
+        pytest.skip(f"{CUDA_BINDING.name} was not built")
+    assert native.describe_gpu_backend() == "cuda (LLMQUANT_BACKEND asks for it, called by torch itself)"
+    seen: list[Tensor] = []
+    multiply = ops._w4_linear
+    monkeypatch.setattr(ops, "_w4_linear", lambda x, *rest: seen.append(x) or multiply(x, *rest))
+    return seen
+
+
+def product(x: Tensor, held: Packed, bias: Tensor | None, m: int, scheme: Scheme) -> Tensor:
+    return torch.ops.llmquant.w4_linear(x, *held, bias, m, scheme.bits, scheme.group_size, 2)
+
+
+def ordinary(w: Weight, dtype: torch.dtype = torch.bfloat16) -> Packed:
+    """With scales of the dtype of x."""
+    held = packed(cuda, w)
+    return held._replace(scales=held.scales.to(dtype))
+
+
+FEW = (1, 3, 8, 9, 17, 65, 200)  # of which no table makes slabs
+ON_CUDA = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+
+
+@ON_CUDA
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_torch_calls_the_library_itself(scheme: Scheme, dtype: torch.dtype, handed_over: list[Tensor]) -> None:
+    m, n = 200, 328
+    held = ordinary(weight(scheme, m, n), dtype)
+    for tokens in FEW:
+        x = rows(tokens, n, dtype).cuda()
+        for bias in (None, torch.linspace(-1, 1, m, device="cuda"), torch.linspace(-1, 1, m, device="cuda").to(dtype)):
+            assert torch.equal(product(x, held, bias, m, scheme), cuda.linear(x, held, bias, m, scheme)), tokens
+    assert not handed_over
+
+
+@ON_CUDA
+def test_torch_calls_it_on_two_streams_at_once(handed_over: list[Tensor]) -> None:
+    m, n, scheme = 1000, 2048, Scheme(4, 128)
+    held = ordinary(weight(scheme, m, n))
+    xs = [rows(tokens, n, torch.bfloat16).cuda() for tokens in (2, 40)]
+    expected = [cuda.linear(x, held, None, m, scheme) for x in xs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in xs]
+    outs: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for x, stream, ys in zip(xs, streams, outs, strict=True):
+            with torch.cuda.stream(stream):
+                ys.append(product(x, held, None, m, scheme))
+    torch.cuda.synchronize()
+    for ys, y in zip(outs, expected, strict=True):
+        assert all(torch.equal(y, other) for other in ys)
+    assert not handed_over
+
+
+@ON_CUDA
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_products_in_graphs_are_handed_over(tokens: int, handed_over: list[Tensor]) -> None:
+    m, n, scheme = 1000, 2048, Scheme(4, 128)
+    held, x = ordinary(weight(scheme, m, n)), rows(tokens, n, torch.bfloat16).cuda()
+    product(x, held, None, m, scheme)
+    torch.cuda.synchronize()
+    assert not handed_over
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = product(x, held, None, m, scheme)
+    assert len(handed_over) == 1
+    for seed in range(5):
+        x.copy_(rows(tokens, n, torch.bfloat16).roll(seed, 1))
+        graph.replay()
+        assert torch.equal(y, product(x, held, None, m, scheme))
+    assert len(handed_over) == 1
+
+
+@ON_CUDA
+def test_x_need_not_be_on_the_current_device(handed_over: list[Tensor]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    scheme = Scheme(4, 64)
+    held, x = ordinary(weight(scheme, 70, 320)), rows(3, 320, torch.bfloat16).cuda()
+    there = [None if part is None else part.to("cuda:1") for part in held]
+    y = product(x.to("cuda:1"), Packed(*there), None, 70, scheme)
+    assert y.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(y.cpu(), product(x, held, None, 70, scheme).cpu())
+    assert not handed_over
+
+
+@ON_CUDA
+def test_the_end_of_memory_is_told_as_such(handed_over: list[Tensor]) -> None:
+    m, n, scheme = 1 << 16, 32, Scheme(4, 32)
+    linear = QuantLinear.from_quantized(weight(scheme, 1, n).q, scheme)
+    (codes,), (scales,), _ = cuda.shapes(m, n, scheme)
+    linear.out_features = m
+    linear.codes = torch.zeros(codes, dtype=torch.uint8, device="cuda")
+    linear.scales = torch.zeros(scales, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        linear(torch.zeros(1 << 22, n, dtype=torch.bfloat16, device="cuda"))  # whose result is half a terabyte
+    assert len(handed_over) == 1
