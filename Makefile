@@ -86,7 +86,7 @@ sanitize: $(READY) ## the tests of native code, with AddressSanitizer and UBSan 
 	cmake -S . -B build/sanitize -DLLMQUANT_SANITIZE=ON -DLLMQUANT_OUTPUT=$(CURDIR)/build/sanitize \
 		-DLLMQUANT_TORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/sanitize --parallel
-	LLMQUANT_LIBRARY=$(CURDIR)/build/sanitize/llmquant_cpu.so ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
+	LLMQUANT_LIBRARY=$(CURDIR)/build/sanitize/llmquant_cpu.so ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest tests/kernels tests/solve/test_columns.py
 

@@ -1,16 +1,12 @@
 """The emulated CUDA library."""
 
-import fcntl
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from emulated_cuda import SOURCES, Emulator
+from emulated_cuda import SOURCES, Emulator, build_once
 
 from llmquant import native
 from llmquant.kernels import cuda
@@ -21,22 +17,6 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "emulated.cpp"]
     options = "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC -x c++".split()
     return Emulator(build_once(tmp_path_factory, "llmquant_cuda_emulated.so", [*options, *sources]))
-
-
-def build_once(tmp_path_factory: pytest.TempPathFactory, name: str, arguments: Sequence[object]) -> Path:
-    """A library, by the C++ compiler, for all processes of this test run."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler on the PATH")
-    base = tmp_path_factory.getbasetemp()
-    library = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with library.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            unfinished = library.with_suffix(".unfinished")
-            subprocess.run([compiler, *map(str, arguments), "-o", str(unfinished)], check=True)
-            unfinished.rename(library)
-    return library
 
 
 @pytest.fixture

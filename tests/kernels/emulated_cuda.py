@@ -1,12 +1,17 @@
 """csrc/cuda compiled for the CPU by a C++ compiler alone: the same sources, on the device of csrc/cuda/emulated.h."""
 
 import ctypes
+import fcntl
 import math
 import mmap
+import os
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +20,22 @@ from llmquant.scheme import Quantized, Scheme
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
 AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, SPLIT, DEQUANTIZE = range(8)
+
+
+def build_once(tmp_path_factory: pytest.TempPathFactory, name: str, arguments: Sequence[object]) -> Path:
+    """A library, by the C++ compiler, for all processes of this test run."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler on the PATH")
+    base = tmp_path_factory.getbasetemp()
+    library = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            unfinished = library.with_suffix(".unfinished")
+            subprocess.run([compiler, *map(str, arguments), "-o", str(unfinished)], check=True)
+            unfinished.rename(library)
+    return library
 
 
 class Weight(ctypes.Structure):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_once
-from emulated_cuda import Emulator, Linear
+from emulated_cuda import Emulator, Linear, build_once
 from kernel_cases import Weight, relative_error, weight
 from torch import Tensor
 
