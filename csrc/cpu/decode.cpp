@@ -4,75 +4,12 @@
 #include "decode.h"
 
 #include "exp.h"
-#include "numbers.h"
+#include "pieces.h"
 
 namespace llmquant {
 namespace {
 
-constexpr int64_t PIECE = 16;  // numbers read at once
-constexpr int64_t LINE = 64;   // bytes that memory sends at once
-constexpr int V = PIECE / LANES;
-
-struct Piece {
-    Float of[V];
-};
-
-template <int64_t KIND>
-struct Kind {
-    static constexpr int64_t value = KIND;
-};
-
-Piece read_piece(const void* from, int64_t kind, int64_t at, int64_t count) {
-    float numbers[PIECE];
-    read(from, kind, at, count, numbers);
-    Piece piece;
-    for (int v = 0; v < V; ++v) piece.of[v] = load<Float>(numbers + v * LANES);
-    return piece;
-}
-
-// A whole piece, without a detour through memory.
-template <int64_t KIND>
-inline Piece read_whole(const void* from, int64_t at) {
-    Piece piece;
-    for (int v = 0; v < V; ++v)
-        piece.of[v] = KIND == LLMQUANT_FP32 ? load<Float>(static_cast<const float*>(from) + at + v * LANES)
-                                            : from_half(static_cast<const uint16_t*>(from) + at + v * LANES, KIND);
-    return piece;
-}
-
-// `work` with the kind as a constant, so that inner loops need not ask for it.
-template <typename Work>
-void with_kind(int64_t kind, Work work) {
-    if (kind == LLMQUANT_BF16)
-        work(Kind<LLMQUANT_BF16>{});
-    else if (kind == LLMQUANT_FP16)
-        work(Kind<LLMQUANT_FP16>{});
-    else
-        work(Kind<LLMQUANT_FP32>{});
-}
-
-inline Piece load_piece(const float* from) {
-    Piece piece;
-    for (int v = 0; v < V; ++v) piece.of[v] = load<Float>(from + v * LANES);
-    return piece;
-}
-
-inline void add_product(Piece& sum, const Piece& a, const Piece& b) {
-    for (int v = 0; v < V; ++v) sum.of[v] += a.of[v] * b.of[v];
-}
-
-inline float total(const Piece& piece) {
-    Float all = piece.of[0];
-    for (int v = 1; v < V; ++v) all += piece.of[v];
-    return sum(all);
-}
-
-void read_numbers(const void* from, int64_t kind, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += PIECE) {
-        const Piece piece = read_piece(from, kind, i, min(PIECE, count - i));
-        for (int v = 0; v < V; ++v) store(to + i + v * LANES, piece.of[v]);
-    }
-}
+constexpr int64_t LINE = 64;  // bytes that memory sends at once
 
 void write_numbers(const float* from, int64_t kind, int64_t count, void* to) {
     for (int64_t i = 0; i < count; i += PIECE) {
@@ -281,67 +218,10 @@ void gated(float* gate, const float* up, int64_t count) {
     copy(gate + i, rest[0], count - i);
 }
 
-// ---- dense products
-
-constexpr int CHAINS = 4;  // sums that are begun side by side, so that none waits for its last product
-
-// Vectors whose lanes add up to the products of one row with TOKENS tokens, x [token][stride]. One row after the other:
-// as one stream, a weight arrives from memory three times as fast as four rows at once do.
-template <int64_t KIND, int TOKENS>
-void dense_row(const LlmquantDense& task, const float* x, int64_t stride, int64_t row, Float (&y)[TOKENS]) {
-    Piece sums[TOKENS][CHAINS] = {};
-    const int64_t columns = task.columns, whole = columns / PIECE * PIECE;
-    int64_t i = 0;
-    for (; i + CHAINS * PIECE <= whole; i += CHAINS * PIECE)
-        for (int c = 0; c < CHAINS; ++c) {
-            const Piece w = read_whole<KIND>(task.w, row * columns + i + c * PIECE);
-            for (int t = 0; t < TOKENS; ++t) add_product(sums[t][c], w, load_piece(x + t * stride + i + c * PIECE));
-        }
-    for (; i < columns; i += PIECE) {
-        const Piece w = read_piece(task.w, KIND, row * columns + i, min(PIECE, columns - i));
-        for (int t = 0; t < TOKENS; ++t) add_product(sums[t][0], w, load_piece(x + t * stride + i));
-    }
-    for (int t = 0; t < TOKENS; ++t) {
-        y[t] = Float{};
-        for (int c = 0; c < CHAINS; ++c)
-            for (int v = 0; v < V; ++v) y[t] += sums[t][c].of[v];
-    }
-}
-
-// Rows [first, first + count) of at most a piece, for TOKENS tokens.
-template <int64_t KIND, int TOKENS>
-void dense_rows(const LlmquantDense& task, const float* x, int64_t token, int64_t first, int64_t count) {
-    float y[TOKENS][PIECE] = {};
-    const int64_t stride = ceil_div(task.columns, PIECE) * PIECE;
-    for (int64_t part = 0; part < count; part += LANES) {
-        Float rows[TOKENS][LANES] = {};
-        for (int64_t r = 0; r < min(LANES, count - part); ++r) {
-            Float row[TOKENS];
-            dense_row<KIND, TOKENS>(task, x + token * stride, stride, first + part + r, row);
-            for (int t = 0; t < TOKENS; ++t) rows[t][r] = row[t];
-        }
-        for (int t = 0; t < TOKENS; ++t) store(y[t] + part, sums(rows[t]));
-    }
-    for (int t = 0; t < TOKENS; ++t) write(y[t], task.y, KIND, (token + t) * task.rows + first, count);
-}
-
-// All tokens, of whole pieces in fp32, pass some rows while these are in the caches.
-void dense(const LlmquantDense& task, const float* x, int64_t first, int64_t last) {
-    with_kind(task.kind, [&](auto kind) {
-        for (int64_t row = first; row < last; row += PIECE) {
-            const int64_t count = min(PIECE, last - row);
-            int64_t token = 0;
-            for (; token + 4 <= task.tokens; token += 4) dense_rows<kind.value, 4>(task, x, token, row, count);
-            for (; token + 2 <= task.tokens; token += 2) dense_rows<kind.value, 2>(task, x, token, row, count);
-            if (token < task.tokens) dense_rows<kind.value, 1>(task, x, token, row, count);
-        }
-    });
-}
-
 }  // namespace
 
 namespace LLMQUANT_LEVEL {
-const DecodeKernels decode = {read_numbers, write_numbers, norm, attend, gated, dense};
+const DecodeKernels decode = {read_numbers, write_numbers, norm, attend, gated};
 }
 
 }  // namespace llmquant

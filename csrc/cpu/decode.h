@@ -56,16 +56,3 @@ struct TokenHeads {
 };
 
 }  // namespace llmquant
-
-// y[t][r] = sum_i x[t][i] w[r][i], for few tokens: the weight is read once. A token's sums do not depend on the others.
-struct LlmquantDense {
-    const void* x;  // [tokens][columns]
-    const void* w;  // [rows][columns]
-    void* y;        // [tokens][rows]
-    int64_t tokens, rows, columns;
-    int64_t kind;  // of all numbers
-    int64_t threads, level;
-};
-
-// 0, or 1 if there is no memory for x in fp32.
-LLMQUANT_EXPORT int64_t llmquant_dense(const LlmquantDense* task);

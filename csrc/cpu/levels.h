@@ -55,8 +55,13 @@ struct DecodeKernels {
     void (*attend)(const LlmquantStep& step, const LlmquantSequence& sequence, int64_t layer, const TokenHeads& heads,
                    int64_t first, int64_t last, float* scratch);
     void (*gated)(float* gate, const float* up, int64_t count);  // gate = silu(gate) * up
-    // Rows [first, last), for the tokens x in fp32, each of which is whole pieces of 16.
-    void (*dense)(const LlmquantDense& task, const float* x, int64_t first, int64_t last);
+};
+
+// dense.cpp, likewise, and dense_tiles.cpp.
+struct DenseKernels {
+    int64_t (*room)(const LlmquantDense& task);           // bytes of the tokens as they are multiplied
+    void (*prepare)(const LlmquantDense& task, void* x);  // these
+    void (*multiply)(const LlmquantDense& task, const void* x, int64_t first, int64_t last);  // rows
 };
 
 // columns.cpp, likewise.
@@ -67,6 +72,7 @@ struct SolveKernels {
 };
 
 namespace amx {
+extern const DenseKernels dense;
 extern const LinearKernels linear;
 }  // namespace amx
 namespace avx512bf16 {
@@ -78,18 +84,21 @@ extern const LinearKernels linear;
 namespace avx512 {
 extern const AttentionKernels attention;
 extern const DecodeKernels decode;
+extern const DenseKernels dense;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace avx512
 namespace avx2 {
 extern const AttentionKernels attention;
 extern const DecodeKernels decode;
+extern const DenseKernels dense;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace avx2
 namespace baseline {
 extern const AttentionKernels attention;
 extern const DecodeKernels decode;
+extern const DenseKernels dense;
 extern const LinearKernels linear;
 extern const SolveKernels solve;
 }  // namespace baseline

@@ -15,6 +15,7 @@
 
 #include "attention.h"
 #include "decode.h"
+#include "dense.h"
 #include "levels.h"
 #include "linear.h"
 #include "solve.h"
@@ -39,6 +40,7 @@ struct Level {
     const char* name;
     const AttentionKernels* attention;
     const DecodeKernels* decode;
+    const DenseKernels* dense;
     const LinearKernels* linear;
     const SolveKernels* solve;
     bool usable;
@@ -55,7 +57,8 @@ bool supports_avx512() {
 bool may_use_tiles() {
 #if defined(__linux__)
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILE_DATA
-    return __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 #else
     return false;
 #endif
@@ -65,21 +68,23 @@ bool may_use_tiles() {
 const Level* levels() {
     static const Level all[] = {
 #if defined(LLMQUANT_AMX)
-        {"AMX", &avx512bf16::attention, &avx512::decode, &amx::linear, &avx512::solve,
+        {"AMX", &avx512bf16::attention, &avx512::decode, &amx::dense, &amx::linear, &avx512::solve,
          may_use_tiles() && supports_avx512() && __builtin_cpu_supports("avx512vnni") &&
              __builtin_cpu_supports("avx512bf16")},
 #endif
 #if defined(__x86_64__)
-        {"AVX-512 BF16", &avx512bf16::attention, &avx512::decode, &avx512vnni::linear, &avx512::solve,
+        {"AVX-512 BF16", &avx512bf16::attention, &avx512::decode, &avx512::dense, &avx512vnni::linear, &avx512::solve,
          supports_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")},
-        {"AVX-512 VNNI", &avx512::attention, &avx512::decode, &avx512vnni::linear, &avx512::solve,
+        {"AVX-512 VNNI", &avx512::attention, &avx512::decode, &avx512::dense, &avx512vnni::linear, &avx512::solve,
          supports_avx512() && __builtin_cpu_supports("avx512vnni")},
-        {"AVX-512", &avx512::attention, &avx512::decode, &avx512::linear, &avx512::solve, supports_avx512()},
-        {"AVX2", &avx2::attention, &avx2::decode, &avx2::linear, &avx2::solve,
+        {"AVX-512", &avx512::attention, &avx512::decode, &avx512::dense, &avx512::linear, &avx512::solve,
+         supports_avx512()},
+        {"AVX2", &avx2::attention, &avx2::decode, &avx2::dense, &avx2::linear, &avx2::solve,
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-        {"baseline", &baseline::attention, &baseline::decode, &baseline::linear, &baseline::solve, true},
-        {nullptr, nullptr, nullptr, nullptr, nullptr, true},
+        {"baseline", &baseline::attention, &baseline::decode, &baseline::dense, &baseline::linear, &baseline::solve,
+         true},
+        {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, true},
     };
     return all;
 }
@@ -221,15 +226,12 @@ int64_t llmquant_decode(const LlmquantStep* step) {
 }
 
 int64_t llmquant_dense(const LlmquantDense* task) {
-    const llmquant::DecodeKernels& kernels = *llmquant::usable_level(task->level).decode;
-    const int64_t stride = (task->columns + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL * LLMQUANT_PANEL;
-    const std::unique_ptr<float[]> x(new (std::nothrow) float[static_cast<std::size_t>(task->tokens * stride)]);
+    const llmquant::DenseKernels& kernels = *llmquant::usable_level(task->level).dense;
+    const std::unique_ptr<char[]> x(new (std::nothrow) char[static_cast<std::size_t>(kernels.room(*task))]);
     if (!x) return 1;
-    const int64_t bytes = task->columns * llmquant::bytes_of(task->kind);
-    for (int64_t t = 0; t < task->tokens; ++t)
-        kernels.read(static_cast<const char*>(task->x) + t * bytes, task->kind, task->columns, x.get() + t * stride);
+    kernels.prepare(*task, x.get());
     llmquant::share(task->rows, LLMQUANT_PANEL, task->threads, task->tokens * task->rows * task->columns,
-                    [&](int64_t first, int64_t last) { kernels.dense(*task, x.get(), first, last); });
+                    [&](int64_t first, int64_t last) { kernels.multiply(*task, x.get(), first, last); });
     return 0;
 }
 

@@ -4,8 +4,7 @@
 // is done once for a block of columns, and then all tokens pass it. Sums are the same integers as in rows.cpp, and
 // become floats in the same order: so do the results.
 
-#include <immintrin.h>
-
+#include "amx.h"
 #include "integers.h"
 #include "panel.h"
 
@@ -13,22 +12,12 @@ namespace llmquant {
 namespace {
 
 constexpr int64_t TILE = LLMQUANT_TILE;  // tokens, and rows: a panel
-constexpr int64_t ROW = 64;              // bytes of a row of a tile
 constexpr int64_t FEW = 8;               // tokens; for fewer, vectors are faster
 constexpr int64_t MANY = 8;              // tiles of tokens whose totals stay in the first-level cache
 constexpr int64_t CACHED = 1 << 20;      // bytes of x (or y) that stay in the second-level cache while the panels pass
 constexpr int PANELS = 4;                // that are multiplied at once
 
 using Bytes = uint8_t __attribute__((vector_size(ROW)));  // a difference wraps around, to a signed byte
-
-// What tiles will read is in memory: the instructions do not tell the compiler that they read it.
-void stored() { __asm__ volatile("" ::: "memory"); }
-
-struct alignas(64) Configuration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
 
 // An 8-bit code less a zero point of its own may need 9 bits.
 bool by_tiles(const LlmquantLinear& task) { return task.tokens >= FEW && !(task.bits == 8 && task.zeros); }
