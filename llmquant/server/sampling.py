@@ -1,5 +1,6 @@
 """The next token, by the probabilities that the model gives."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ class Sampler:
             NumericsError: a logit is NaN or Inf.
         """
         logits = logits.float().cpu()
-        if not bool(logits.isfinite().all()):
+        if not all(map(math.isfinite, torch.aminmax(logits))):  # a NaN is both
             raise NumericsError("the model's logits are not finite")
         if self._processors:
             logits = self._processors(torch.LongTensor([ids]), torch.FloatTensor(logits[None]))[0]
