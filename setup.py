@@ -65,6 +65,9 @@ class CMakeBuild(build_ext):
         if ext.name in (BINDING, CUDA_BINDING):
             return  # the build of their kernels makes them, too
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        for made in (KERNELS, BINDING) if ext.name == KERNELS else (CUDA_KERNELS, CUDA_BINDING):
+            # Where the sources lie, an earlier build's would be taken for this one's if this one failed.
+            (output / Path(self.get_ext_filename(made)).name).unlink(missing_ok=True)
         if ext.name == CUDA_KERNELS:
             self.build_cuda(output)
             return

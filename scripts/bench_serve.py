@@ -25,6 +25,7 @@ import httpx
 import torch
 
 from llmquant.bench.kernels import machine
+from llmquant.checkpoint.reader import Checkpoint
 
 KEY = "bench"
 ADDRESS = re.compile(r" at (http://\S+)/v1, kernel: ")
@@ -57,7 +58,10 @@ def main() -> None:
         parser.error("--peer: give NAME=URL, each name once")
     with serving(options.directory, max(options.users)) as url:
         servers = {name: Server(at, model_of(at)) for name, at in ({"llmquant": url} | peers).items()}
-        results = list(measure(servers, options.users, options.prompt_tokens, options.new_tokens))
+        vocabulary = int(Checkpoint.open(options.directory).config["vocab_size"])
+        shape = max(options.users), options.prompt_tokens
+        prompts = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).tolist()
+        results = list(measure(servers, options.users, prompts, options.new_tokens))
     for row in results:
         line = "{server:12} {users:3d} users {tokens_per_second:7.1f} tokens/s, first after {first_seconds:.3f} s, "
         sys.stderr.write((line + "then each {next_seconds:.4f} s\n").format(**row))
@@ -94,10 +98,10 @@ def model_of(url: str) -> str:
     return str(found["data"][0]["id"])
 
 
-def measure(servers: dict[str, Server], users: Sequence[int], prompt: int, new: int) -> Iterator[dict[str, Any]]:
+def measure(
+    servers: dict[str, Server], users: Sequence[int], prompts: list[list[int]], new: int
+) -> Iterator[dict[str, Any]]:
     """Medians over rounds, in each of which every server has its turn."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(1000, 30000, (max(users), prompt), generator=generator).tolist()
     rows: dict[tuple[str, int], list[tuple[float, float, float]]] = {(s, n): [] for n in users for s in servers}
     for round_ in range(-1, ROUNDS):  # the first one wakes them
         for (name, count), taken in rows.items():
@@ -147,7 +151,10 @@ def _headers() -> dict[str, str]:
 
 
 def _counts(text: str) -> list[int]:
-    return sorted({int(part) for part in text.split(",")})
+    counts = sorted({int(part) for part in text.split(",")})
+    if counts[0] < 1:
+        raise ValueError
+    return counts
 
 
 if __name__ == "__main__":
