@@ -4,7 +4,7 @@
 
 #include "amx.h"
 #include "dense.h"
-#include "pieces.h"
+#include "numbers.h"
 
 namespace llmquant {
 namespace {

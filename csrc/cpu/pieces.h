@@ -18,7 +18,7 @@ struct Kind {
     static constexpr int64_t value = KIND;
 };
 
-Piece read_piece(const void* from, int64_t kind, int64_t at, int64_t count) {
+inline Piece read_piece(const void* from, int64_t kind, int64_t at, int64_t count) {
     float numbers[PIECE];
     read(from, kind, at, count, numbers);
     Piece piece;
@@ -38,7 +38,7 @@ inline Piece read_whole(const void* from, int64_t at) {
 
 // `work` with the kind as a constant, so that inner loops need not ask for it.
 template <typename Work>
-void with_kind(int64_t kind, Work work) {
+inline void with_kind(int64_t kind, Work work) {
     if (kind == LLMQUANT_BF16)
         work(Kind<LLMQUANT_BF16>{});
     else if (kind == LLMQUANT_FP16)
@@ -63,7 +63,7 @@ inline float total(const Piece& piece) {
     return sum(all);
 }
 
-void read_numbers(const void* from, int64_t kind, int64_t count, float* to) {
+inline void read_numbers(const void* from, int64_t kind, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += PIECE) {
         const Piece piece = read_piece(from, kind, i, min(PIECE, count - i));
         for (int v = 0; v < V; ++v) store(to + i + v * LANES, piece.of[v]);

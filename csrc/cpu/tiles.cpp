@@ -12,7 +12,7 @@ namespace llmquant {
 namespace {
 
 constexpr int64_t TILE = LLMQUANT_TILE;  // tokens, and rows: a panel
-constexpr int64_t FEW = 8;               // tokens; for fewer, vectors are faster
+constexpr int64_t FEW = 6;               // tokens; for fewer, vectors are faster
 constexpr int64_t MANY = 8;              // tiles of tokens whose totals stay in the first-level cache
 constexpr int64_t CACHED = 1 << 20;      // bytes of x (or y) that stay in the second-level cache while the panels pass
 constexpr int PANELS = 4;                // that are multiplied at once
@@ -35,11 +35,14 @@ int64_t place(const LlmquantLinear& task, int64_t tile, int64_t column) {
     return (tile * ceil_div(task.columns, deep) + column / deep) * PLANES * TILE * deep;
 }
 
+// Of a tile of tokens: only as many are multiplied.
+int64_t tokens_at_once(const LlmquantLinear& task) { return min(TILE, task.tokens); }
+
 // Tiles 0..3 hold sums, 4 activations, 5..7 weights.
 void configure(const LlmquantLinear& task) {
     Configuration tiles;
     for (int tile = 0; tile < 8; ++tile) {
-        tiles.rows[tile] = static_cast<uint8_t>(tile < 5 ? TILE : depth(task) / 4);
+        tiles.rows[tile] = static_cast<uint8_t>(tile < 5 ? tokens_at_once(task) : depth(task) / 4);
         tiles.row_bytes[tile] = static_cast<uint16_t>(tile == 4 ? depth(task) : ROW);
     }
     stored();
@@ -133,7 +136,7 @@ class Strip {
                 before = next;
             }
         }
-        add(before, 0, TILE);
+        add(before, 0, some);
         write(panels[0] * PANEL, min((panels[PANELS - 1] + 1) * PANEL, task.rows));
     }
 
@@ -175,7 +178,7 @@ class Strip {
             _tile_stored(2, to[2], ROW);
             _tile_stored(3, to[3], ROW);
         }
-        add(before, row, TILE);
+        add(before, row, some);
     }
 
     // Tokens [from, until) of the tile that is pending; where to go on.
@@ -183,7 +186,7 @@ class Strip {
         if (!pending.sums) return from;
         Float scales[PANELS];  // a copy: for all the compiler knows, a total may be one of them
         for (int p = 0; p < PANELS; ++p) scales[p] = pending.scales[p];
-        for (until = min(until, TILE); from < until; ++from) {
+        for (until = min(until, some); from < until; ++from) {
             const float x_scale = pending.x_scales[from * blocks];
             Float* totals = pending.totals[from];
             Float t[PANELS];
@@ -222,7 +225,8 @@ class Strip {
     const Integers& x;
     const int64_t first, last;
     const int64_t blocks = blocks_of(task), deep = depth(task);
-    const int64_t share = ceil_div(TILE, 2 * PLANES * ceil_div(block_of(task), deep));
+    const int64_t some = tokens_at_once(task);
+    const int64_t share = ceil_div(some, 2 * PLANES * ceil_div(block_of(task), deep));
     alignas(64) int8_t weights[PANELS][NEXT];
     alignas(64) Sums sums[2][PLANES];  // of which one is pending: what tiles have stored can be read after a while only
     Float totals[MANY * TILE][PANELS];

@@ -24,8 +24,8 @@ class Meeting {
             round.store(now + 1, std::memory_order_release);
             return;
         }
-        for (int turn = 0; round.load(std::memory_order_acquire) == now; ++turn)
-            turn < PATIENCE ? pause() : std::this_thread::yield();  // who is awaited may need this processor
+        for (int left = PATIENCE; round.load(std::memory_order_acquire) == now;)
+            left ? --left, pause() : std::this_thread::yield();  // who is awaited may need this processor
     }
 
   private:

@@ -18,6 +18,7 @@ from llmquant.formats import for_config
 from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.shell import StoredTensors, empty_model, place, read_config, tied_names
+from llmquant.native import release_threads
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
 from llmquant.scheme import Quantized, Scheme
@@ -48,6 +49,7 @@ def load(
     model.tie_weights()
     use_decoder(model)
     _load_generation_config(model, filling.source.root)
+    release_threads()  # who computes with a model is often not the thread that has loaded it
     return model
 
 

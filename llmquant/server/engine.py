@@ -153,9 +153,9 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._admit():
-                turns = [turn for turn in self.active if not turn.job.cancelled.is_set()]
-                together = self._together([turn for turn in turns if turn.writes])
-                self.active = [turn for turn in turns if self._advance(turn, together.get(turn))]
+                ready = [turn for turn in self.active if turn.writes and not turn.job.cancelled.is_set()]
+                logits = self._together(ready)
+                self.active = [turn for turn in self.active if self._advance(turn, logits.get(turn))]
 
     def _admit(self) -> bool:
         """Wait until there is something to do; False if there never will be."""
@@ -185,6 +185,8 @@ class Engine:
 
     def _advance(self, turn: _Turn, logits: Tensor | None) -> bool:
         """One token, or one more part of the prompt; whether there is more to come."""
+        if turn.job.cancelled.is_set():
+            return False
         event: Event | None
         try:
             event = turn.take(self._forward(turn) if logits is None else logits, self._ends)

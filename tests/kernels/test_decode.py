@@ -265,9 +265,9 @@ NATIVE = Native(LIBRARY_IN_USE)
 @given(
     level=st.sampled_from(LEVELS),
     kind=st.sampled_from(KINDS),
-    tokens=st.integers(1, 9),
+    tokens=st.integers(1, 9) | st.sampled_from([16, 33, 100]),
     m=st.integers(1, 70),
-    n=st.integers(1, 200),
+    n=st.integers(1, 200) | st.sampled_from([32, 64, 160]),
 )
 def test_dense_products_are_right(level: int, kind: torch.dtype, tokens: int, m: int, n: int) -> None:
     generator = torch.Generator().manual_seed(m + n)
@@ -280,11 +280,23 @@ def test_dense_products_are_right(level: int, kind: torch.dtype, tokens: int, m:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("level", LEVELS)
-def test_tokens_of_a_dense_product_do_not_see_each_other(level: int, kind: torch.dtype) -> None:
+@pytest.mark.parametrize("n", [75, 96])
+def test_tokens_of_a_dense_product_do_not_see_each_other(n: int, level: int, kind: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(7, 75, generator=generator).to(kind), torch.randn(37, 75, generator=generator).to(kind)
+    x, w = torch.randn(70, n, generator=generator).to(kind), torch.randn(37, n, generator=generator).to(kind)
     alone = torch.cat([NATIVE.dense(x[i : i + 1].clone(), w, level) for i in range(len(x))])
-    assert torch.equal(NATIVE.dense(x, w, level), alone)
+    for tokens in (2, 7, 16, 70):
+        assert torch.equal(NATIVE.dense(x[:tokens].contiguous(), w, level), alone[:tokens])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(level: int, value: float) -> None:
+    x, w = torch.ones(3, 64, dtype=torch.bfloat16), torch.ones(20, 64, dtype=torch.bfloat16)
+    x[1, 5] = value
+    y = NATIVE.dense(x, w, level)
+    assert not y[1].isfinite().any()
+    assert (y[[0, 2]] == 64).all()
 
 
 def test_a_large_dense_product_is_shared_between_threads() -> None:

@@ -263,7 +263,7 @@ def test_threads_may_share_a_model(model: Any) -> None:
 # ---- several sequences at once
 
 LENGTHS = [20, 1, 7, 300, 2, 33, 20, 64, 5, 12, 90]
-COUNTS = [2, 3, 5, 8, 11]  # of sequences; from 8 on other products serve, where the processor has them
+COUNTS = [2, 3, 5, 8, 11]  # of sequences; from 6 on other products serve, where the processor has them
 
 
 def started(model: Any, count: int) -> list[Any]:
