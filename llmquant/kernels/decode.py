@@ -115,10 +115,11 @@ class Steps:
         scale: float,
         level: int = 0,
     ) -> None:
+        q, k, *_, down = blocks[0].linears
+        self.head_width, self.kv_heads = head_width, k.m // head_width
         self._function = library.functions.llmquant_decode
         self._held = blocks, final_gain  # the structures below only point to their tensors
         self._layers = (_Layer * len(blocks))(*map(_layer, blocks))
-        q, k, *_, down = blocks[0].linears
         self._step = _Step(
             layers=self._layers,
             final_gain=final_gain.data_ptr(),
@@ -126,7 +127,7 @@ class Steps:
             hidden=len(final_gain),
             ffn=down.n,
             heads=q.m // head_width,
-            kv_heads=k.m // head_width,
+            kv_heads=self.kv_heads,
             head_width=head_width,
             kind=KINDS.index(final_gain.dtype),
             eps=eps,

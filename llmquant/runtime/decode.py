@@ -122,7 +122,8 @@ class Decoder:
         None if there are none that the native steps serve; the caches then hold what they held.
         """
         with self._one:
-            if torch.is_grad_enabled() or any(type(cache) is not DynamicCache for cache in caches):
+            alike = all(type(cache) is DynamicCache for cache in caches) and len({*map(id, caches)}) == len(ids) > 0
+            if torch.is_grad_enabled() or not alike:
                 return None
             lengths = [self._length(cache) for cache in caches]
             if not all(lengths) or not self._ready():
@@ -207,15 +208,19 @@ class Decoder:
 
     def _room(self, token: _Token) -> _Room:
         """Buffers that hold what the cache holds, and have room for one more."""
+        assert self._steps is not None  # noqa: S101
         layers, room = token.cache.layers, self._rooms.get(token.cache)
         own = room is not None and all(
             layer.keys is keys and layer.values is values
             for layer, (keys, values) in zip(layers, room.views, strict=True)
         )
         if room is None or not own or token.before >= room.buffers.capacity:
-            dtype = self._base.norm.weight.dtype
-            keys, values = ([_copied(getattr(layer, name), dtype) for layer in layers] for name in ("keys", "values"))
-            room = _Room(Buffers(keys, values), [(layer.keys, layer.values) for layer in layers])
+            held, dtype = [(layer.keys, layer.values) for layer in layers], self._base.norm.weight.dtype
+            wanted = 1, self._steps.kv_heads, token.before, self._steps.head_width
+            if any(part.shape != wanted for part in chain(*held)):
+                raise RuntimeError(f"the cache holds {tuple(held[0][0].shape)}; this model has {wanted}")
+            keys, values = ([_copied(part, dtype) for part in side] for side in zip(*held, strict=True))
+            room = _Room(Buffers(keys, values), held)
             self._rooms[token.cache] = room
         return room
 

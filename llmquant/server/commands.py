@@ -164,12 +164,13 @@ def run(service: "Service", keys: Sequence[str], listening: socket.socket) -> No
 
     from llmquant.native import active_backend
     from llmquant.server.app import make_app
+    from llmquant.server.connection import Connection
     from llmquant.server.guard import Guard
 
     config = uvicorn.Config(
         Guard(make_app(service), keys),
         log_level="warning",
-        http="h11",
+        http=Connection,
         h11_max_incomplete_event_size=HEADERS,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=DRAIN,

@@ -327,9 +327,11 @@ def test_what_cannot_go_together_is_left_to_transformers(model: Any, taken: list
     good, empty, other = model(PROMPT)[CACHE], DynamicCache(config=model.config), StaticCache(model.config, 40)
     assert next_logits(model, [5, 6], [good, empty]) is None
     assert next_logits(model, [5, 6], [good, other]) is None
+    assert next_logits(model, [5, 6], [good, good]) is None
+    assert next_logits(model, [], []) is None
     for module in (model, model.base_model, model.lm_head, model.base_model.layers[0].mlp):
         handle = module.register_forward_hook(lambda *_: None)
-        assert next_logits(model, [5, 6], [good, good]) is None
+        assert next_logits(model, [5], [good]) is None
         handle.remove()
     assert next_logits(without_steps(copy.deepcopy(model)), [5], [good]) is None
     with torch.inference_mode(mode=False), torch.enable_grad():
@@ -338,6 +340,18 @@ def test_what_cannot_go_together_is_left_to_transformers(model: Any, taken: list
     assert taken == []
     assert next_logits(model, [5], [good]) is not None
     assert good.get_seq_length() == 21
+
+
+def test_a_cache_of_another_model_is_refused(model: Any) -> None:
+    """Before native code would read past its end."""
+    for part in ((1, 1, 20, 16), (2, 2, 20, 16), (1, 2, 20, 8)):
+        cache = DynamicCache(config=model.config)
+        for i in range(len(model.base_model.layers)):
+            cache.update(torch.zeros(part), torch.zeros(part), i)
+        with pytest.raises(RuntimeError, match=r"the cache holds \(.*\); this model has \(1, 2, 20, 16\)"):
+            model(torch.tensor([[5]]), **{CACHE: cache})
+        with pytest.raises(RuntimeError, match="the cache holds"):
+            next_logits(model, [5], [cache])
 
 
 def test_other_models_are_left_to_transformers(packed: Callable[..., Path]) -> None:
