@@ -146,14 +146,22 @@ def test_heads_may_have_norms(level: int, kind: torch.dtype) -> None:
     assert max(compare(model(kind, level, head_norms=True), kind, 40, 21, tokens=3)) < BOUND[kind]
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shared", range(1, 8))
+def test_heads_that_share_a_key(level: int, shared: int) -> None:
+    """As many as are taken at once, and more, with a part of them for another thread."""
+    made = model(torch.float32, level, heads=2 * shared, kv_heads=2)
+    assert max(compare(made, torch.float32, 40, 19, tokens=2)) < BOUND[torch.float32]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     level=st.sampled_from(LEVELS),
     hidden=st.integers(8, 70),
     ffn=st.integers(8, 70),
     kv_heads=st.integers(1, 3),
-    shared=st.integers(1, 3),
-    width=st.sampled_from([16, 32, 48]),
+    shared=st.integers(1, 6),
+    width=st.sampled_from([16, 32, 48, 80]),
     before=st.integers(0, 40),
     scheme=st.sampled_from([Scheme(4, 32), Scheme(4, -1), Scheme(8, 64), Scheme(4, 128, symmetric=False)]),
 )
@@ -276,6 +284,17 @@ def test_dense_products_are_right(level: int, kind: torch.dtype, tokens: int, m:
     size = x.double().abs() @ w.double().abs().T
     bound = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[kind]
     assert float(((NATIVE.dense(x, w, level).double() - exact) / size).abs().max()) < bound
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("tokens", "m", "n"), [(1, 37, 96), (5, 16, 64), (20, 50, 160), (70, 3, 128)])
+def test_dense_products_of_whole_tiles(tokens: int, m: int, n: int, level: int, kind: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(tokens, n, generator=generator).to(kind), torch.randn(m, n, generator=generator).to(kind)
+    exact = x.double() @ w.double().T
+    bound = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[kind]
+    assert float((NATIVE.dense(x, w, level).double() - exact).norm() / exact.norm()) < bound
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
