@@ -39,10 +39,11 @@ def attend(
 
 
 def causal_mask(**asked: Any) -> Tensor | None:
-    """As `sdpa_mask`, but none for the queries of the last of several keys either, if nothing but order hides a key."""
+    """As `sdpa_mask`, but on the CPU none for the queries of the last of several keys, if only order hides a key."""
     queries, keys, padding = asked.get("q_length"), asked["kv_length"], asked.get("attention_mask")
     plain = asked.get("mask_function") is causal_mask_function and asked.get("allow_is_causal_skip", True)
-    if plain and asked.get("local_size") is None and not torch.compiler.is_compiling():
+    here = asked.get("local_size") is None and torch.device(asked.get("device", "cpu")).type == "cpu"
+    if plain and here and not torch.compiler.is_compiling():
         last = isinstance(queries, int) and FEWEST <= queries and asked.get("q_offset") == keys - queries
         if last and (padding is None or (padding.shape[-1] == keys and bool(padding.all()))):
             return None
