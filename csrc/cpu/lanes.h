@@ -54,46 +54,47 @@ inline auto sum(Vector value) {
 
 #endif
 
-// Lane i: the sum of rows[i]. Two rows at a time are halved and put beside each other, until one is left.
+// What folds two rows into one, so that three of them, the last as often as it takes, leave lane i the sum of row i:
+// numbers, pairs of numbers and quarters of 16 bytes that stand beside each other are added.
 #if defined(__AVX512F__)
-inline Float sums(const Float (&rows)[LANES]) {
-    __m512 twos[8], fours[4], eights[2];
-    for (int i = 0; i < 8; ++i) {
-        const auto a = (__m512)rows[2 * i], b = (__m512)rows[2 * i + 1];
-        twos[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    }
-    for (int i = 0; i < 4; ++i) {
-        const auto a = (__m512d)twos[2 * i], b = (__m512d)twos[2 * i + 1];
-        fours[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
-    }
-    for (int i = 0; i < 2; ++i) {
-        const __m512 a = fours[2 * i], b = fours[2 * i + 1];
-        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    }
-    return (Float)_mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
-                                _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+inline Float fold_numbers(Float a, Float b) {
+    return (Float)_mm512_unpacklo_ps((__m512)a, (__m512)b) + (Float)_mm512_unpackhi_ps((__m512)a, (__m512)b);
+}
+inline Float fold_pairs(Float a, Float b) {
+    return (Float)_mm512_unpacklo_pd((__m512d)a, (__m512d)b) + (Float)_mm512_unpackhi_pd((__m512d)a, (__m512d)b);
+}
+inline Float fold_quarters(Float a, Float b) {
+    return (Float)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) +
+           (Float)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd);
 }
 #elif defined(__AVX2__)
-inline Float sums(const Float (&rows)[LANES]) {
-    __m256 twos[4], fours[2];
-    for (int i = 0; i < 4; ++i) {
-        const auto a = (__m256)rows[2 * i], b = (__m256)rows[2 * i + 1];
-        twos[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-    }
-    for (int i = 0; i < 2; ++i) {
-        const auto a = (__m256d)twos[2 * i], b = (__m256d)twos[2 * i + 1];
-        fours[i] = _mm256_add_ps((__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b));
-    }
-    return (Float)_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
-                                _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+inline Float fold_numbers(Float a, Float b) {
+    return (Float)_mm256_unpacklo_ps((__m256)a, (__m256)b) + (Float)_mm256_unpackhi_ps((__m256)a, (__m256)b);
 }
-#else
+inline Float fold_pairs(Float a, Float b) {
+    return (Float)_mm256_unpacklo_pd((__m256d)a, (__m256d)b) + (Float)_mm256_unpackhi_pd((__m256d)a, (__m256d)b);
+}
+inline Float fold_quarters(Float a, Float b) {
+    return (Float)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20) +
+           (Float)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31);
+}
+#endif
+
+// Lane i: the sum of rows[i].
 inline Float sums(const Float (&rows)[LANES]) {
+#if defined(__AVX2__)
+    Float left[LANES / 2];
+    for (int i = 0; i < LANES / 2; ++i) left[i] = fold_numbers(rows[2 * i], rows[2 * i + 1]);
+    for (int i = 0; i < LANES / 4; ++i) left[i] = fold_pairs(left[2 * i], left[2 * i + 1]);
+    for (int count = LANES / 8; count; count /= 2)
+        for (int i = 0; i < count; ++i) left[i] = fold_quarters(left[2 * i], left[2 * i + 1]);
+    return left[0];
+#else
     Float all;
     for (int i = 0; i < LANES; ++i) all[i] = sum(rows[i]);
     return all;
-}
 #endif
+}
 
 }  // namespace
 }  // namespace llmquant
