@@ -56,6 +56,8 @@ def main() -> None:
     peers = dict(peer.split("=", 1) for peer in options.peer if "=" in peer)
     if len(peers) != len(options.peer):
         parser.error("--peer: give NAME=URL, each name once")
+    if not options.out.parent.is_dir():
+        parser.error(f"{options.out}: there is no directory {options.out.parent}; make it")
     with serving(options.directory, max(options.users)) as url:
         servers = {name: Server(at, model_of(at)) for name, at in ({"llmquant": url} | peers).items()}
         vocabulary = int(Checkpoint.open(options.directory).config["vocab_size"])
@@ -151,10 +153,9 @@ def _headers() -> dict[str, str]:
 
 
 def _counts(text: str) -> list[int]:
-    counts = sorted({int(part) for part in text.split(",")})
-    if counts[0] < 1:
-        raise ValueError
-    return counts
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers from 1 on, as in 1,4,16")
+    return sorted({int(part) for part in text.split(",")})
 
 
 if __name__ == "__main__":

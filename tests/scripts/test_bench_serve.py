@@ -43,7 +43,8 @@ def test_what_cannot_be_measured_is_told_in_a_line(tmp_path: Path) -> None:
     for arguments, words in (
         ((tmp_path / "x.json", tmp_path), f"error: the server ended: error: {tmp_path}"),
         ((tmp_path / "x.json", tmp_path, "--peer", "nothing"), "--peer: give NAME=URL"),
-        ((tmp_path / "x.json", tmp_path, "--users", "0,2"), "--users"),
+        ((tmp_path / "x.json", tmp_path, "--users", "0,2"), "--users: '0,2': give numbers from 1 on"),
+        ((tmp_path / "nowhere" / "x.json", tmp_path), f"there is no directory {tmp_path / 'nowhere'}"),
     ):
         done = run(*arguments)
         assert done.returncode != 0
