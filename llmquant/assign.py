@@ -1,6 +1,7 @@
 """Which scheme each linear gets: the recipe, fitted to the shapes and to what the format can hold."""
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 from llmquant.errors import RecipeError
 from llmquant.formats import FORMATS
@@ -26,6 +27,8 @@ def assign(group: Group, recipe: Recipe, layout: Layout) -> list[Linear]:
     Raises:
         RecipeError: overrides treat the members of the group differently.
     """
+    if group.linears[0] in layout.routers:
+        return [Linear(name, *layout.shapes[name], None, "kept: it sends tokens to experts") for name in group.linears]
     wanted = {name: _requested(name, recipe) for name in group.linears}
     if len(set(wanted.values())) > 1:
         first, second = list(wanted)[:2]
@@ -33,7 +36,7 @@ def assign(group: Group, recipe: Recipe, layout: Layout) -> list[Linear]:
             f"overrides: {first} and {second} share an input and are fused by servers, "
             f"but get {wanted[first]} and {wanted[second]}; match all of {', '.join(group.linears)} or none"
         )
-    linears = [_settle(name, *layout.shapes[name], wanted[name], recipe) for name in group.linears]
+    linears = [_settle(name, *layout.shapes[name], wanted[name], recipe, group) for name in group.linears]
     refused = next((linear for linear in linears if linear.scheme is None), None)
     return linears if refused is None else [replace(linear, scheme=None, note=refused.note) for linear in linears]
 
@@ -46,15 +49,18 @@ def _requested(linear: str, recipe: Recipe) -> Scheme | None:
     return scheme
 
 
-def _settle(name: str, m: int, n: int, scheme: Scheme | None, recipe: Recipe) -> Linear:
-    """Fit the requested scheme to the shape: the next smaller group that divides; keep what the format refuses."""
+def _settle(name: str, m: int, n: int, scheme: Scheme | None, recipe: Recipe, group: Group) -> Linear:
+    """Fit the requested scheme to the shape: the next smaller group that divides; keep what the format refuses.
+
+    The groups of an expert divide its inner width as well as the model's: servers want one scheme for all of it.
+    """
     if scheme is None:
         return Linear(name, m, n, None, "kept: the recipe skips it")
-    note = ""
-    if n % scheme.width(n):
-        fitting = [g for g in GROUP_SIZES if 0 < g < scheme.group_size and n % g == 0]
+    note, divided = "", gcd(m, n) if group.expert else n
+    if scheme.group_size > 0 and divided % scheme.group_size:
+        fitting = [g for g in GROUP_SIZES if 0 < g < scheme.group_size and divided % g == 0]
         fitted = Scheme(scheme.bits, max(fitting, default=-1), scheme.symmetric)
-        note = f"group size {scheme.group_size} does not divide {n} columns: {fitted}"
+        note = f"group size {scheme.group_size} does not divide {divided} columns: {fitted}"
         scheme = fitted
     if reason := FORMATS[recipe.format].refuse(m, n, scheme):
         return Linear(name, m, n, None, f"kept: {recipe.format} cannot hold it: {reason}")

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
 from llmquant.model.layout import Group, Layout
 from llmquant.model.shell import Shell
@@ -42,7 +43,7 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     state = streams * (one + tokens * widest * item) - spilled
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
     memory = RUNTIME_BYTES + state + max(outside, streams * layer_bytes + (solve if recipe.calibrated else layer_bytes))
-    flops = sum(_layer_flops(layout, layer.groups, tokens, recipe) for layer in layout.layers)
+    flops = sum(_layer_flops(layout, layer.groups, tokens, recipe, shell.config) for layer in layout.layers)
     return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens, spilled)
 
 
@@ -61,14 +62,19 @@ def _solve_bytes(layout: Layout, linears: tuple[str, ...]) -> int:
     return 4 * (HESSIAN_COPIES * n * n + WEIGHT_COPIES * m * n)
 
 
-def _layer_flops(layout: Layout, groups: tuple[Group, ...], tokens: int, recipe: Recipe) -> float:
+def _layer_flops(
+    layout: Layout, groups: tuple[Group, ...], tokens: int, recipe: Recipe, config: PretrainedConfig
+) -> float:
     """Forward passes, moments, solves and training; attention itself is left out as it is small at these lengths."""
     solver = recipe.solver
     stacks = [_stack(layout, group.linears) for group in groups]
     solved = [SOLVED if recipe.method == "auto" and group.norm else 1 for group in groups]
     passes = 1 + bool(solver.correction) + 3 * solver.train * SEQUENCES * recipe.calibration.seq_len / max(tokens, 1)
-    forward = passes * 2 * tokens * sum(m * n for m, n in stacks)
-    moments = (1 + bool(solver.correction)) * 2 * tokens * sum(n * n for _, n in stacks)
+    experts = sum(group.expert for group in groups) // 2  # of which each receives its share, and as many guests
+    share = 2 * getattr(config, "num_experts_per_tok", 1) / max(experts, 1)
+    seen = [tokens * (share if group.expert else 1.0) for group in groups]
+    forward = passes * 2 * sum(k * m * n for k, (m, n) in zip(seen, stacks, strict=True))
+    moments = (1 + bool(solver.correction)) * 2 * sum(k * n * n for k, (_, n) in zip(seen, stacks, strict=True))
     solve = sum(times * (2 * m * n * n + 2 * n**3) for times, (m, n) in zip(solved, stacks, strict=True))
     return forward + moments + solve
 

@@ -55,6 +55,7 @@ class Stack:
     norm: str | None = None
     source: str | None = None
     normed: bool = True  # a norm makes their input, whether or not a scale can be folded into it
+    expert: bool = False  # their input are the tokens that are sent to an expert
 
     @property
     def n(self) -> int:
@@ -86,9 +87,9 @@ class Unit:
         for group in self.layer.groups:
             linears = tuple(self.linears[name] for name in group.linears)
             if linears[0].scheme:
-                norm = None if self.layer.norm_offset is None else group.norm
+                norm = group.norm if group.foldable and self.layer.norm_offset is not None else None
                 source = sources.get(linears[0].name) if len(linears) == 1 else None
-                stacks.append(Stack(linears, linears[0].scheme, norm, source, group.norm is not None))
+                stacks.append(Stack(linears, linears[0].scheme, norm, source, group.norm is not None, group.expert))
         return stacks
 
 
@@ -103,7 +104,7 @@ class Plan:
     notes: tuple[str, ...]
     bytes_in: int
     estimate: Estimate
-    all_linears: tuple[str, ...]  # every nn.Linear of the model, the output head included
+    all_linears: tuple[str, ...]  # of the model, the output head and what servers make a linear included
 
     @property
     def bytes_out(self) -> int:
@@ -174,6 +175,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
     """
     _check_recipe(recipe)
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
+    _check_mixture(recipe, layout)
     drafts = [_draft_outside(shell, layout), *(_draft_layer(layer, recipe, shell, layout) for layer in layout.layers)]
     total = sum(spec_bytes(spec) for draft in drafts for spec in draft.specs.values())
     units = _name_shards(drafts, merged=total <= SHARD_BYTES)
@@ -194,7 +196,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         ),
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=cost,
-        all_linears=tuple(layout.shapes),
+        all_linears=(*layout.shapes, *(shell.stored_prefix(name) for name in layout.routers if name not in layout.shapes)),
     )
     quantization_config(plan)  # a layout may refuse the schemes together
     if max_memory is not None and plan.estimate.memory > max_memory:
@@ -244,6 +246,19 @@ def _check_recipe(recipe: Recipe) -> None:
         )
 
 
+def _check_mixture(recipe: Recipe, layout: Layout) -> None:
+    """What is not for mixtures of experts."""
+    if not any(layer.mixture for layer in layout.layers):
+        return
+    if recipe.format != "compressed-tensors":
+        raise RecipeError(
+            f"format: transformers leaves the experts of {recipe.format} files random, and says nothing; "
+            "use --format compressed-tensors"
+        )
+    if recipe.target:
+        raise RecipeError("target: mixed precision is not measured for mixtures of experts; give one scheme")
+
+
 @dataclass
 class _Draft:
     """A unit before its files have names."""
@@ -263,6 +278,7 @@ def _draft_outside(shell: Shell, layout: Layout) -> _Draft:
 
 def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> _Draft:
     linears = {linear.name: linear for group in layer.groups for linear in assign(group, recipe, layout)}
+    _check_experts(layer, linears)
     replaced = {f"{linear.name}.weight": linear for linear in linears.values() if linear.scheme}
     specs: dict[str, Spec] = {}
     for name in shell.part(layer.name):
@@ -276,6 +292,16 @@ def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> 
             specs |= FORMATS[recipe.format].specs(prefix, linear.m, linear.n, linear.scheme, dtype)
     kept = tuple(name for name in shell.part(layer.name) if name not in replaced)
     return _Draft(layer.name, layer, linears, kept, specs)
+
+
+def _check_experts(layer: Layer, linears: dict[str, Linear]) -> None:
+    """Servers compute all experts of a layer at once: they must be alike."""
+    experts = [linears[name] for group in layer.groups if group.expert for name in group.linears]
+    if other := next((each for each in experts if each.scheme != experts[0].scheme), None):
+        raise RecipeError(
+            f"overrides: {experts[0].name} and {other.name} are experts of a layer, which servers compute together, "
+            f"but get {experts[0].scheme or 'kept'} and {other.scheme or 'kept'}; give all of them one scheme"
+        )
 
 
 def _linear_notes(units: tuple[Unit, ...]) -> list[str]:
@@ -329,7 +355,10 @@ def _outside_notes(shell: Shell) -> list[str]:
 
 def _caveats(units: tuple[Unit, ...], recipe: Recipe) -> list[str]:
     schemes = {linear.scheme for unit in units for linear in unit.linears.values() if linear.scheme}
-    return FORMATS[recipe.format].caveats(schemes)
+    found = FORMATS[recipe.format].caveats(schemes)
+    if any(stack.expert and not stack.scheme.symmetric for unit in units for stack in unit.stacks):
+        found.append("transformers refuses asymmetric experts; vLLM reads them")
+    return found
 
 
 def _spill_notes(cost: Estimate) -> list[str]:

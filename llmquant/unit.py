@@ -17,6 +17,7 @@ from llmquant.checkpoint.parts import file_sha256, read_tensors
 from llmquant.checkpoint.writer import write_shard
 from llmquant.errors import OutputError, RecipeError
 from llmquant.formats import FORMATS
+from llmquant.model.experts import GUEST_WEIGHT
 from llmquant.model.fold import LinearFold, NormFold
 from llmquant.model.shell import Shell
 from llmquant.observer import Observer
@@ -28,6 +29,7 @@ from llmquant.solve.moments import Moments, relative_error
 from llmquant.solve.train import token_loss, train_rounding
 
 HELD_OUT = 8  # one sequence of so many is held out, where something is to be judged
+FEWEST_HELD = 32  # tokens held out for an expert: by fewer nothing is judged
 TRIAL_BATCHES = 4  # on which AWQ's block loss is computed
 
 
@@ -52,13 +54,16 @@ class Workplace:
         """The way of the stream through a filled layer, with a stop at each linear to solve.
 
         Where a layer's last linears write to the residual stream, aiming at the original model's inputs fits the
-        calibration text and not the model: there nothing is compared.
+        calibration text and not the model: there nothing is compared. Nor is it in a mixture of experts, where the
+        original model may send a token elsewhere.
         """
         if self.stream is None or unit.layer is None:
             return nullcontext()
         stops = tuple(stack.linears[0].name for stack in unit.stacks)
-        last = unit.layer.groups[-1].linears[0]
-        return Crossing(self.stream, unit.layer, stops, tuple(stop for stop in stops if stop != last))
+        last, mixture = unit.layer.groups[-1].linears[0], unit.layer.mixture
+        inside = () if mixture is None else (f"{mixture}.",)
+        compared = tuple(stop for stop in stops if stop != last and not stop.startswith(inside))
+        return Crossing(self.stream, unit.layer, stops, compared)
 
 
 def process(unit: Unit, place: Workplace, observer: Observer) -> dict[str, Any]:
@@ -126,12 +131,7 @@ class _Work:
         stacked = torch.cat(list(W.values())).float()
         moments = self.capture(stack)
         fold = self.fold(stack)
-        method, judged = str(self.recipe.method), dict[str, Any]()
-        if self.judges(stack) and moments:
-            errors = self.compare(self.problem(stack, stacked, moments, fold), moments)
-            method, judged = min(errors, key=errors.__getitem__), {"held_out": errors}
-        elif method == "auto":
-            method = "gptq"
+        method, errors = self.choose(stack, stacked, moments, fold)
         problem = self.problem(stack, stacked, moments, fold)
         solution = solve(problem, method)
         rows = [linear.m for linear in stack.linears]
@@ -145,9 +145,27 @@ class _Work:
             self.apply(fold, solution.fold)
         seconds = (perf_counter() - started) / len(W)  # the stack is one problem: each member's share
         for name, Q in zip(W, solution.weight(stack.scheme).split(rows), strict=True):
-            record = _record(name, stack.scheme, solution, W[name].float(), Q, problem.H) | judged
+            record = _record(name, stack.scheme, solution, W[name].float(), Q, problem.H)
+            record |= {"held_out": errors} if errors else {}
             self.records.append(record | {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 3)})
             yield self.records[-1]
+
+    def choose(
+        self, stack: Stack, W: Tensor, moments: Moments | None, fold: NormFold | LinearFold | None
+    ) -> tuple[str, dict[str, float]]:
+        """The method, and the errors of all that were compared for it."""
+        method = str(self.recipe.method)
+        if moments is None and stack.expert:  # that no token has reached
+            return "rtn", {}
+        if method != "auto":
+            return method, {}
+        if moments is None or not self.judges(stack):
+            return "gptq", {}
+        if stack.expert and moments.held < FEWEST_HELD:
+            self.judged(moments)
+            return "gptq", {}
+        errors = self.compare(self.problem(stack, W, moments, fold), moments)
+        return min(errors, key=errors.__getitem__), errors
 
     def judges(self, stack: Stack) -> bool:
         """Whether methods are compared: where a norm feeds the linears.
@@ -162,18 +180,22 @@ class _Work:
 
         A linear that no norm feeds writes to the residual stream, where an error counts by the size of what it is added
         to: its tokens are divided by that size. Otherwise the first token, a thousand times larger, would be all.
+        None without calibration text, and for an expert that none of it has reached.
         """
         if self.crossing is None:
             return None
         first = stack.linears[0].name
         moments = Moments(stack.n, self.shell.device, compared=self.crossing.compares(first))
         held_out = self.place.held_out if self.judges(stack) or self.recipe.solver.train else ()
-        for i, (x, mask, original) in enumerate(self.crossing.samples(first)):
+        for i, (x, mask, size, original, guests) in enumerate(self.crossing.samples(first)):
             if not stack.normed:
-                size = self.crossing.sizes[i].to(x).view(*x.shape[:-1], 1)
+                size = size.to(x).view(*x.shape[:-1], 1)
                 x, original = x / size, None if original is None else original / size
-            (moments.hold_out if i in held_out else moments.update)(x, mask, original)
-        return moments
+            own = len(x) - guests
+            (moments.hold_out if i in held_out else moments.update)(x[:own], mask[:own], original)
+            if guests and i not in held_out:
+                moments.lend(x[own:], mask[own:], GUEST_WEIGHT)
+        return moments if moments.seen or not stack.expert else None
 
     def problem(self, stack: Stack, W: Tensor, moments: Moments | None, fold: NormFold | LinearFold | None) -> Problem:
         return Problem(
@@ -197,9 +219,13 @@ class _Work:
                 "method: auto compares on calibration sequences held out, and there is one only; add samples"
             )
         errors = compare(trial, *held_out)
-        if not self.recipe.solver.train:  # otherwise they have yet to judge the training
-            moments.take_in()
+        self.judged(moments)
         return errors
+
+    def judged(self, moments: Moments) -> None:
+        """The solver may see what was held out, unless that has yet to judge the training."""
+        if not self.recipe.solver.train:
+            moments.take_in()
 
     def fold(self, stack: Stack) -> NormFold | LinearFold | None:
         """Where scales on the stack's columns can go."""

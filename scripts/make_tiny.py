@@ -35,7 +35,25 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 2048},
     "opt": {},
     "gpt_neox": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": {"n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
 }
+MIXTURES = ("qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3")  # whose experts have a size of their own
 MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 
 
@@ -118,6 +136,11 @@ def family_config(spec: Spec) -> Any:
             "head_dim": spec.hidden // spec.heads,
             "initializer_range": gain,
         }
+    if spec.arch in MIXTURES:
+        family["moe_intermediate_size"] = spec.intermediate
+    if spec.arch == "deepseek_v3":  # whose attention has a shape of its own
+        family |= {"num_key_value_heads": spec.heads}
+        del family["head_dim"]
     return AutoConfig.for_model(MODEL_TYPE.get(spec.arch, spec.arch), **shape, **family, **EXTRA[spec.arch])
 
 

@@ -12,15 +12,26 @@ from torch import Tensor, nn
 
 from llmquant.calibration.stream import Stream
 from llmquant.calibration.walk import Walk
+from llmquant.model.experts import routed, without_guests
 from llmquant.model.layout import Layer
 
 
 class Sample(NamedTuple):
-    """A linear's input in one batch, [B, T, n] or [B * T, n]."""
+    """A linear's input in one batch: all its tokens, [B, T, n] or [B * T, n], or those that an expert receives.
 
-    x: Tensor  # as the layers quantized so far make it
-    mask: Tensor  # bool [B, T], False where padded
-    original: Tensor | None  # as the original layers make it; None where it is not compared
+    Attributes:
+        x: as the layers quantized so far make it.
+        mask: bool, as many as there are tokens in x, False where padded.
+        size: root mean square of each token's state before the layer, as many.
+        original: x as the original layers make it; None where it is not compared.
+        guests: so many of the last tokens were not sent to the expert.
+    """
+
+    x: Tensor
+    mask: Tensor
+    size: Tensor
+    original: Tensor | None
+    guests: int = 0
 
 
 class Crossing:
@@ -66,11 +77,15 @@ class Crossing:
         originals: Iterator[Tensor | None] = repeat(None)
         if self._originals and self.compares(linear):
             originals = self._originals.inputs(stop)
-        for x, mask in zip(self._walk.inputs(stop), self.stream.masks, strict=True):
-            yield Sample(x, mask, next(originals))
+        for x, mask, size in zip(self._walk.inputs(stop), self.stream.masks, self._sizes, strict=True):
+            if (route := routed(x)) is None:
+                yield Sample(x, mask, size, next(originals))
+            else:
+                tokens, guests = route.tokens, len(x) - route.chosen
+                yield Sample(x, mask.flatten()[tokens], size.flatten()[tokens.cpu()], None, guests)
 
     @cached_property
-    def sizes(self) -> list[Tensor]:
+    def _sizes(self) -> list[Tensor]:
         """Root mean square of each token's state before the layer, [B, T] for each batch."""
         return [states.float().square().mean(-1).sqrt().clamp(min=1e-6) for states in self.stream.hidden]
 
@@ -102,4 +117,6 @@ class Crossing:
 def _twin(module: nn.Module) -> nn.Module:
     """Other modules with the same tensors: what is put in the place of a parameter there does not change it here."""
     shared: dict[int, torch.Tensor] = {id(t): t for t in chain(module.parameters(), module.buffers())}
-    return copy.deepcopy(module, shared)
+    twin = copy.deepcopy(module, shared)
+    without_guests(twin)
+    return twin

@@ -4,7 +4,7 @@ The model is built of fake tensors (shapes without storage) and called once. Hoo
 order its linears run, which of them receive the same tensor, and which norm produced it. So
 groups and fold pairs come from what the code does; the only knowledge kept as data is what no
 hook can see: whether a norm's gain is stored as an offset from one, and which linears multiply
-elementwise into which.
+elementwise into which. Where a layer has experts, all of them are called for all tokens.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmquant.errors import ArchitectureError
+from llmquant.model.experts import Experts, routers, unfuse
 
 
 class Family(NamedTuple):
@@ -32,6 +33,12 @@ FAMILIES = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "mixtral": LLAMA,
+    "qwen2_moe": LLAMA,
+    "qwen3_moe": LLAMA,
+    "olmoe": LLAMA,
+    "glm4_moe": LLAMA,
+    "deepseek_v3": Family(mlp=LLAMA.mlp),
     "gemma2": LLAMA._replace(norm_offset=1.0),
     "gemma3_text": LLAMA._replace(norm_offset=1.0),
     "phi3": Family(attention=("self_attn.qkv_proj", "self_attn.o_proj"), mlp=("mlp.gate_up_proj", "mlp.down_proj")),
@@ -46,7 +53,9 @@ class Group:
     """Linears that receive the same tensor, in the order they are called."""
 
     linears: tuple[str, ...]
-    norm: str | None  # the norm whose output they receive: scales on their columns fold into its gain
+    norm: str | None  # the norm whose output they receive
+    foldable: bool = True  # scales on their columns fold into the norm's gain: nothing else receives what it makes
+    expert: bool = False  # they are an expert's, and receive the tokens that are sent to it
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,12 @@ class Layer:
     returns_tuple: bool
     norm_offset: float | None = None  # of the norms, which multiply by (weight + it); None: unknown, nothing folds
 
+    @property
+    def mixture(self) -> str | None:
+        """The block that experts, their router and what they share stand in."""
+        expert = next((group.linears[0] for group in self.groups if group.expert), None)
+        return None if expert is None else expert.rsplit(".", 3)[0]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -67,6 +82,7 @@ class Layout:
     model_type: str
     layers: tuple[Layer, ...]
     shapes: dict[str, tuple[int, int]]  # every nn.Linear -> (m, n)
+    routers: tuple[str, ...] = ()  # linears and other modules that send tokens to experts
 
     def linears(self) -> list[str]:
         """The linears inside decoder layers, in forward order."""
@@ -82,17 +98,21 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     mode = FakeTensorMode()
     with mode:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+        unfuse(model)
     layers = decoder_layers(model, config)
+    routing = tuple(f"{name}.{router}" for name, module in layers.items() for router in routers(module))
     for name, module in layers.items():
-        _check_weights(name, module, config)
+        _check_weights(name, module, config, routing)
     calls, tuples = _watch(model, layers, mode)
     family = FAMILIES.get(config.model_type, Family(norm_offset=None))
     return Layout(
         model_type=config.model_type,
         layers=tuple(
-            _layer(name, module, calls, family, config, returns_tuple=name in tuples) for name, module in layers.items()
+            _layer(name, module, calls, family, config, routing, returns_tuple=name in tuples)
+            for name, module in layers.items()
         ),
         shapes={n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
+        routers=routing,
     )
 
 
@@ -116,11 +136,11 @@ def decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> dict[str
     return {f"{name}.{i}": layer for i, layer in enumerate(layers)}
 
 
-def _check_weights(name: str, layer: nn.Module, config: PretrainedConfig) -> None:
+def _check_weights(name: str, layer: nn.Module, config: PretrainedConfig, routing: tuple[str, ...]) -> None:
     """Refuse a layer with weights that no linear owns: skipped in silence, they would stay in 16 bits."""
     weights = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Linear)}
     for parameter, tensor in layer.named_parameters(prefix=name):
-        if tensor.dim() > 1 and id(tensor) not in weights:
+        if tensor.dim() > 1 and id(tensor) not in weights and parameter.rpartition(".")[0] not in routing:
             raise ArchitectureError(
                 f"{config.model_type}: {parameter} {tuple(tensor.shape)} belongs to no linear (fused experts?); "
                 "this architecture is not supported"
@@ -129,13 +149,13 @@ def _check_weights(name: str, layer: nn.Module, config: PretrainedConfig) -> Non
 
 class _Call(NamedTuple):
     module: str
-    is_linear: bool
+    kind: type  # nn.Linear, Experts, or nn.Module for norms
     source: int  # storage of the input
     result: int  # storage of the output
 
 
 def _watch(model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTensorMode) -> tuple[list[_Call], set[str]]:
-    """Run the fake model once. Returns the calls of linears and norms, and the layers that return tuples."""
+    """Run the fake model once. Returns the calls of linears, experts and norms, and the layers that return tuples."""
     calls: list[_Call] = []
     tuples: set[str] = set()
     alive: list[Tensor] = []  # a storage that is freed could lend its identity to another
@@ -143,11 +163,14 @@ def _watch(model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTenso
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         source = args[0] if args else next(iter(kwargs.values()))
         alive.extend((source, out))
-        calls.append(_Call(name, isinstance(module, nn.Linear), _storage(source), _storage(out)))
+        kind = next(kind for kind in (nn.Linear, Experts, nn.Module) if isinstance(module, kind))
+        calls.append(_Call(name, kind, _storage(source), _storage(out)))
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__.endswith("Norm"):
+        if isinstance(module, Experts):
+            module.forward = module.everywhere  # type: ignore[method-assign]
+        if isinstance(module, nn.Linear | Experts) or type(module).__name__.endswith("Norm"):
             hook = lambda module, args, kwargs, out, name=name: record(name, module, args, kwargs, out)  # noqa: E731
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
     for name, layer in layers.items():
@@ -172,22 +195,37 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _layer(
-    name: str, module: nn.Module, calls: list[_Call], family: Family, config: PretrainedConfig, *, returns_tuple: bool
+    name: str,
+    module: nn.Module,
+    calls: list[_Call],
+    family: Family,
+    config: PretrainedConfig,
+    routing: tuple[str, ...],
+    *,
+    returns_tuple: bool,
 ) -> Layer:
     inside = [call for call in calls if call.module.startswith(name + ".")]
-    produced_by_norm = {call.result: call.module for call in inside if not call.is_linear}
-    members: dict[int, list[str]] = {}
+    produced_by_norm = {call.result: call.module for call in inside if call.kind is nn.Module}
+    # Experts, and the router beside them, receive what a norm makes: no scale on the columns of a group folds into it.
+    shared = {call.module: call.source for call in inside if call.kind is Experts}
+    members: dict[tuple[int, bool], list[str]] = {}
     for call in inside:
-        if call.is_linear:
-            members.setdefault(call.source, []).append(call.module)
+        if call.kind is nn.Linear:
+            members.setdefault((call.source, call.module in routing), []).append(call.module)
     called = {linear for names in members.values() for linear in names}
     linears = {f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)}
     if missed := sorted(linears - called):
         raise ArchitectureError(
             f"{config.model_type}: cannot derive the input of {missed[0]}: the forward pass never calls it"
         )
-    groups = tuple(Group(tuple(names), produced_by_norm.get(source)) for source, names in members.items())
-    return Layer(name, groups, _folds(name, linears, family, config), returns_tuple, family.norm_offset)
+    groups = []
+    for (source, _), names in members.items():
+        experts = next((each for each in shared if names[0].startswith(f"{each}.")), None)
+        if experts and names[0].endswith(".gate_proj"):
+            source = shared[experts]  # of which each expert receives some tokens
+        norm = produced_by_norm.get(source)
+        groups.append(Group(tuple(names), norm, source not in shared.values(), experts is not None))
+    return Layer(name, tuple(groups), _folds(name, linears, family, config), returns_tuple, family.norm_offset)
 
 
 def _folds(name: str, linears: set[str], family: Family, config: PretrainedConfig) -> tuple[tuple[str, str], ...]:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import ArchitectureError, CheckpointError, NumericsError
+from llmquant.model.experts import unfuse
 
 
 def read_config(source: Checkpoint) -> PretrainedConfig:
@@ -32,12 +33,19 @@ def read_config(source: Checkpoint) -> PretrainedConfig:
 
 
 def empty_model(
-    config: PretrainedConfig, *, trust_remote_code: bool = False, device: torch.device | str = "cpu"
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+    calibrated: bool = False,
 ) -> PreTrainedModel:
     """The causal language model with parameters on the meta device and computed buffers on `device`.
 
+    Its experts, if it has some, are linears: `Experts`, or `CalibratedExperts` if it is to be `calibrated`.
+
     Raises:
-        ArchitectureError: transformers has no causal language model for this configuration.
+        ArchitectureError: transformers has no causal language model for this configuration, or its experts are of
+            a kind that we do not know.
     """
     try:
         with init_empty_weights(include_buffers=False):
@@ -45,6 +53,7 @@ def empty_model(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise ArchitectureError(f"{config.model_type}: cannot build a causal language model: {reason}") from error
+    unfuse(model, calibrated=calibrated)
     for name, buffer in model.named_buffers():
         place(model, name, buffer.to(device))
     return model.eval()
@@ -64,7 +73,9 @@ class Shell:
         self.device = torch.device(device)
         self.dtype = dtype
         self.config = read_config(source)
-        self.model = empty_model(self.config, trust_remote_code=source.trust_remote_code, device=device)
+        self.model = empty_model(
+            self.config, trust_remote_code=source.trust_remote_code, device=device, calibrated=True
+        )
         self.names = checkpoint_names(self.model, source)
         embedding = self.model.get_input_embeddings()
         self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)
@@ -205,8 +216,13 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self.source.tensors)
 
 
-# Heads that transformers renamed, while checkpoints and other loaders keep the old name.
-FORMER_NAMES = {"gpt_neox": {"lm_head.": "embed_out."}}
+# What transformers renamed, while checkpoints and other loaders keep the old name: parts of names, each with its dots.
+MIXTRAL = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
+FORMER_NAMES = {
+    "gpt_neox": {"lm_head.": "embed_out."},
+    "mixtral": MIXTRAL,
+    "phimoe": MIXTRAL | {".router.": ".gate."},
+}
 
 
 def spellings(name: str, model: PreTrainedModel) -> list[str]:
@@ -215,8 +231,10 @@ def spellings(name: str, model: PreTrainedModel) -> list[str]:
     Checkpoints of the base model alone lack its prefix; some hold it where the model has none.
     """
     prefix = model.base_model_prefix + "."
-    former = FORMER_NAMES.get(model.config.model_type, {})
-    renamed = [old + name.removeprefix(new) for new, old in former.items() if name.startswith(new)]
+    former = name
+    for new, old in FORMER_NAMES.get(model.config.model_type, {}).items():
+        former = former.replace(new, old)
+    renamed = [] if former == name else [former]
     return [*renamed, name, name.removeprefix(prefix), prefix + name]
 
 

@@ -17,7 +17,7 @@ import torch
 from llmquant.assign import assign
 from llmquant.calibration.batches import Batch
 from llmquant.calibration.round_trip import RoundTrip, Tap
-from llmquant.errors import CalibrationError
+from llmquant.errors import CalibrationError, RecipeError
 from llmquant.estimate import SPILL_BYTES
 from llmquant.model.layout import Group, Layer, Layout, derive_layout
 from llmquant.model.shell import Shell
@@ -116,10 +116,13 @@ def measure(
 
     Raises:
         CalibrationError: there is one sequence only.
+        RecipeError: the model is a mixture of experts.
         NumericsError: NaN or Inf in weights or activations.
         OutputError: the states do not fit on the disk for temporary files.
     """
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
+    if any(layer.mixture for layer in layout.layers):
+        raise RecipeError("sensitivity: is not measured for mixtures of experts; quantize with one scheme")
     batches = batches[:SEQUENCES]
     if len(batches) < 2:
         raise CalibrationError("calibration: schemes are judged by sequences held out; give at least two")

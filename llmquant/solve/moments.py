@@ -26,6 +26,7 @@ class Moments:
         self._D = torch.zeros(n, n, device=device) if compared else None
         self._waiting: list[tuple[Tensor, Tensor]] = []  # for others, to be added together
         self._held: list[tuple[Tensor, Tensor]] = []
+        self._weight = 0.0  # of all tokens that were added
         self.tokens = 0
 
     def update(self, x: Tensor, mask: Tensor | None = None, original: Tensor | None = None) -> None:
@@ -34,8 +35,17 @@ class Moments:
         `original` [..., n] are the same tokens in the original model; without them, X is X^.
         """
         x = _flat(x, mask)
-        self._waiting.append((x, x if original is None else _flat(original, mask)))
         self.tokens += len(x)
+        self._wait(x, x if original is None else _flat(original, mask), 1.0)
+
+    def lend(self, x: Tensor, mask: Tensor, weight: float) -> None:
+        """Add tokens that the linear does not receive, as so much less of an indication; they are not counted."""
+        x = _flat(x, mask) * weight**0.5
+        self._wait(x, x, weight)
+
+    def _wait(self, x: Tensor, original: Tensor, weight: float) -> None:
+        self._waiting.append((x, original))
+        self._weight += weight * len(x)
         if sum(len(x) for x, _ in self._waiting) >= TOGETHER:
             self._add()
 
@@ -61,28 +71,38 @@ class Moments:
             self.update(x, None, original)
         self._held = []
 
+    @property
+    def seen(self) -> bool:
+        """Whether there were any tokens."""
+        return bool(self._weight or self.held)
+
+    @property
+    def held(self) -> int:
+        """Tokens held out."""
+        return sum(len(x) for x, _ in self._held)
+
     def H(self, name: str) -> Tensor:
         """H, fp32 [n, n].
 
         Raises:
             NumericsError: no token was seen, or an activation was NaN or Inf; `name` is the linear.
         """
-        if not self.tokens:
+        if not self._weight:
             raise NumericsError(f"{name}: no calibration token reached its input")
         self._add()
         # A NaN or Inf in x puts one on the diagonal, so n numbers speak for n * n.
         if not torch.isfinite(self._H.diagonal()).all():
             raise NumericsError(f"{name}: NaN or Inf in its input activations; check the checkpoint and its dtype")
-        return (self._H.triu() + self._H.triu(1).T).div_(self.tokens)
+        return (self._H.triu() + self._H.triu(1).T).div_(self._weight)
 
     def D(self) -> Tensor | None:
         """D, fp32 [n, n]; None where nothing was compared."""
         self._add()
-        return None if self._D is None else self._D / self.tokens
+        return None if self._D is None else self._D / self._weight
 
     def held_out(self) -> tuple[Tensor, Tensor] | None:
         """The tokens held out, X^ and X, [k, n] each; None if there are none."""
-        if not self._held:
+        if not any(len(x) for x, _ in self._held):
             return None
         x, original = (torch.cat(part) for part in zip(*self._held, strict=True))
         step = -(-len(x) // HELD_TOKENS)

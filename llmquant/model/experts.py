@@ -1,0 +1,159 @@
+"""Mixtures of experts with one linear for each matrix of each expert, as checkpoints and servers have them.
+
+transformers keeps all experts of a layer in two tensors of three dimensions. Here they are modules again, so that
+whatever deals with linears (layout, solvers, layouts of files, kernels) deals with experts, too.
+
+A token that was not sent to an expert says little of its inputs, but more than nothing: while a model is calibrated
+each expert is also shown some tokens of others, its guests. What it makes of them is dropped; its Hessian has them at
+`GUEST_WEIGHT`. So an expert that few tokens of the calibration text chose, or none, is still solved for inputs of its
+layer, and one that many chose is hardly moved.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmquant.errors import ArchitectureError
+
+GUEST_WEIGHT = 1 / 16  # of a token's share in the Hessian; there are as many guests as there would be even shares
+
+# What transformers says of an experts module that computes down(act(gate(x)) * up(x)) from [gate; up] and down.
+PLAIN = {
+    "has_gate": True,
+    "has_bias": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
+GATE = "_default_apply_gate"
+
+
+class Routed(NamedTuple):
+    """Which tokens of a batch the rows of an expert's input are: first those that chose it, then guests."""
+
+    tokens: Tensor  # int64 [rows], of B * T
+    chosen: int
+
+
+class Expert(nn.Module):
+    """A gated feed-forward block."""
+
+    def __init__(self, hidden: int, inner: int, act_fn: Any, like: Tensor) -> None:
+        super().__init__()
+        new = {"bias": False, "device": like.device, "dtype": like.dtype}
+        self.gate_proj = nn.Linear(hidden, inner, **new)
+        self.up_proj = nn.Linear(hidden, inner, **new)
+        self.down_proj = nn.Linear(inner, hidden, **new)
+        self.act_fn = act_fn
+
+    def inner(self, x: Tensor) -> Tensor:
+        """The input of `down_proj`."""
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.inner(x))  # type: ignore[no-any-return]
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer, in the place and with the interface of transformers' module."""
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """x [tokens, hidden] to [tokens, hidden]; `index` and `weights` [tokens, k] say by which experts."""
+        out = torch.zeros_like(x)
+        for expert, (tokens, places) in zip(self, chosen(index, len(self)), strict=True):
+            if len(tokens):
+                out.index_add_(0, tokens, (expert(x[tokens]) * weights[tokens, places, None]).to(out.dtype))
+        return out
+
+    def everywhere(self, x: Tensor, *_: Tensor) -> Tensor:
+        """All experts for all tokens, each from a copy of `x` of its own: no shape depends on a value."""
+        out = torch.zeros_like(x)
+        for expert in self:
+            out = out + expert(x.clone())
+        return out
+
+
+class CalibratedExperts(Experts):
+    """Experts that are all called, in their order, for the tokens that chose them and for guests.
+
+    The inputs of their linears say in `routed` which tokens they are.
+    """
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        step = max(1, len(self) // index.shape[1])
+        for number, (tokens, places) in enumerate(chosen(index, len(self))):
+            expert: Any = self[number]
+            routed = Routed(torch.cat([tokens, torch.arange(number % step, len(x), step, device=x.device)]), len(tokens))
+            inner = expert.inner(_marked(x[routed.tokens], routed))
+            y = expert.down_proj(_marked(inner, routed))[: routed.chosen]
+            out.index_add_(0, tokens, (y * weights[tokens, places, None]).to(out.dtype))
+        return out
+
+
+def _marked(x: Tensor, routed: Routed) -> Tensor:
+    x.routed = routed  # type: ignore[attr-defined]
+    return x
+
+
+def routed(x: Tensor) -> Routed | None:
+    """What the input of an expert's linear says; None for any other tensor."""
+    return getattr(x, "routed", None)
+
+
+def chosen(index: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each expert the tokens that chose it, in order, and in which of their k places; `index` int64 [tokens, k]."""
+    flat = index.reshape(-1)
+    counts = torch.bincount(flat, minlength=count).tolist()  # an index of `count` is nobody's
+    for rows in flat.argsort(stable=True).split(counts)[:count]:
+        yield rows // index.shape[1], rows % index.shape[1]
+
+
+def unfuse(model: nn.Module, *, calibrated: bool = False) -> None:
+    """Put experts of linears in the place of fused ones; their weights are new, on the same device.
+
+    Raises:
+        ArchitectureError: experts of another kind than `PLAIN`.
+    """
+    for name, module in list(model.named_modules()):
+        if not all(hasattr(module, option) for option in PLAIN):
+            continue
+        fused: Any = module
+        gate = getattr(fused, "_apply_gate", None)  # act(gate) * up, unless the model says otherwise
+        if any(getattr(fused, option) != value for option, value in PLAIN.items()) or gate.__name__ != GATE:
+            raise ArchitectureError(
+                f"{name}: {type(fused).__name__} is not made of gate, up and down alone; this architecture is not supported"
+            )
+        count, hidden, inner = fused.down_proj.shape
+        kind = CalibratedExperts if calibrated else Experts
+        experts = kind(Expert(hidden, inner, fused.act_fn, fused.down_proj) for _ in range(count))
+        model.set_submodule(name, experts.train(fused.training))
+
+
+def without_guests(module: nn.Module) -> None:
+    """Let experts that nothing is learned from receive their own tokens alone."""
+    for experts in module.modules():
+        if isinstance(experts, CalibratedExperts):
+            experts.__class__ = Experts
+
+
+def routers(layer: nn.Module) -> list[str]:
+    """Modules of a layer that decide where its tokens go, or what an expert counts: a row for each expert, or one.
+
+    Raises:
+        ArchitectureError: the experts do not stand in a block of their own.
+    """
+    found = []
+    for name, experts in layer.named_modules():
+        if not isinstance(experts, Experts):
+            continue
+        block = name.rpartition(".")[0]
+        if not block:
+            raise ArchitectureError(f"{name}: experts beside the attention; this architecture is not supported")
+        for own, module in layer.get_submodule(block).named_children():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dim() == 2 and len(weight) in (1, len(experts)):
+                found.append(f"{block}.{own}")
+    return found
