@@ -118,11 +118,12 @@ def unfuse(model: nn.Module, *, calibrated: bool = False) -> None:
         ArchitectureError: experts of another kind than `PLAIN`.
     """
     for name, module in list(model.named_modules()):
-        if not all(hasattr(module, option) for option in PLAIN):
+        if not hasattr(module, "has_gate"):
             continue
         fused: Any = module
         gate = getattr(fused, "_apply_gate", None)  # act(gate) * up, unless the model says otherwise
-        if any(getattr(fused, option) != value for option, value in PLAIN.items()) or gate.__name__ != GATE:
+        plain = all(getattr(fused, option, value) == value for option, value in PLAIN.items())
+        if not plain or getattr(gate, "__name__", GATE) != GATE:
             raise ArchitectureError(
                 f"{name}: {type(fused).__name__} is not made of gate, up and down alone; this architecture is not supported"
             )
@@ -130,6 +131,10 @@ def unfuse(model: nn.Module, *, calibrated: bool = False) -> None:
         kind = CalibratedExperts if calibrated else Experts
         experts = kind(Expert(hidden, inner, fused.act_fn, fused.down_proj) for _ in range(count))
         model.set_submodule(name, experts.train(fused.training))
+
+
+def has_experts(model: nn.Module) -> bool:
+    return any(isinstance(module, Experts) for module in model.modules())
 
 
 def without_guests(module: nn.Module) -> None:

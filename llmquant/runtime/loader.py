@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError, RecipeError
 from llmquant.formats import for_config
 from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
-from llmquant.model.shell import StoredTensors, empty_model, place, read_config, tied_names
+from llmquant.model.experts import has_experts
+from llmquant.model.shell import FORMER_NAMES, StoredTensors, empty_model, place, read_config, tied_names
 from llmquant.native import release_threads
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
@@ -48,9 +50,17 @@ def load(
     model = filling.model
     model.tie_weights()
     use_decoder(model)
+    if has_experts(model):
+        model._weight_conversions = renamings(model)  # by which `save_pretrained` names what it writes
     _load_generation_config(model, filling.source.root)
     release_threads()  # who computes with a model is often not the thread that has loaded it
     return model
+
+
+def renamings(model: PreTrainedModel) -> list[Any]:
+    """From the names in checkpoints to those in the model, as transformers wants to be told of them."""
+    former = FORMER_NAMES.get(model.config.model_type, {})
+    return [WeightRenaming(source_patterns=old, target_patterns=new) for new, old in former.items()]
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
@@ -103,7 +113,7 @@ class Filling:
             if linear in self._schemes:
                 self._quantize(linear)
             else:
-                _place(self.model, name, self._tensors[name].to(self.device), self._dtype)
+                _place(self.model, name, self._tensors[name].to(self.device), self._dtype_of(name))
 
     @contextmanager
     def filled(self, names: list[str]) -> Iterator[None]:
@@ -137,6 +147,11 @@ class Filling:
     def part(self, prefix: str) -> list[str]:
         """Names of the tensors below a module."""
         return [name for name in self.names if name.startswith(prefix + ".")]
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """Of a tensor that is not quantized: fp32 where the model says so, as of what a router adds to its scores."""
+        strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        return torch.float32 if any(part in name for part in strict) else self._dtype
 
     def _quantize(self, name: str) -> None:
         linear: Any = self.model.get_submodule(name)

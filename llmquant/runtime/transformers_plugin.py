@@ -19,9 +19,11 @@ from llmquant.errors import CheckpointError, RecipeError
 from llmquant.formats import Format, for_config
 from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
+from llmquant.model.experts import has_experts, unfuse
 from llmquant.model.shell import check_finite
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
+from llmquant.runtime.loader import renamings
 from llmquant.scheme import Scheme
 
 NAME = "llmquant"
@@ -105,6 +107,7 @@ class LlmquantQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise RecipeError("tp_plan: transformers cannot split packed weights; use vLLM for tensor parallelism")
         layout = for_config(self.quantization_config.block)
+        unfuse(model)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for name, scheme in layout.read_config(self.quantization_config.block, list(linears)).items():
             model.set_submodule(name, _Packed(linears[name], scheme, layout))
@@ -119,6 +122,10 @@ class LlmquantQuantizer(HfQuantizer):
             use_attention(model)
             use_decoder(model)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Renaming alone, where experts are linears as they are in files: transformers would fuse them."""
+        return renamings(model) if has_experts(model) else list(weight_conversions)
 
     @property
     def is_trainable(self) -> bool:
