@@ -1,5 +1,6 @@
 """Memory and time of a run from shapes alone, before the first weight is read."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ RUNTIME_BYTES = 600_000_000  # Python, torch and transformers themselves, as mea
 HESSIAN_COPIES = 7  # two sums, two means, reordered, factor, inverse factor
 WEIGHT_COPIES = 5  # stacked, corrected, reordered, codes with their grid, dequantized
 SOLVED = 4  # by `auto`, what a norm feeds: three candidates at the most, and once more the one that is taken
+SOLVED_BYTES = 3  # of a weight of an expert until the layer is written: its code, packed too, and what the heap loses
 SPILL_BYTES = 2**29  # of the original model's activations: more of them go through a file
 
 
@@ -31,20 +33,26 @@ class Estimate:
 def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     """The memory is an upper bound by design; the time assumes the matrix speed measured just now."""
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.calibrated else 0
-    by_layer = [[layout.shapes[name] for group in layer.groups for name in group.linears] for layer in layout.layers]
     item = shell.dtype.itemsize
-    layer_bytes = max(sum(m * n for m, n in shapes) for shapes in by_layer) * item
     outside = sum(shell.model.get_parameter(name).numel() for name in _outside(shell, layout)) * (item + 2)
     streams = 2 if recipe.solver.correction or recipe.solver.train else 1
     widest = max(layout.shapes[group.linears[0]][1] for layer in layout.layers for group in layer.groups)
+    layer_bytes = max(_layer_bytes(layout, layer.groups, item, streams) for layer in layout.layers)
     # Between layers each token is one state; inside one, the state and the input of the linear it stands before.
     one = tokens * shell.config.hidden_size * item
     spilled = one if streams == 2 and one >= SPILL_BYTES else 0
     state = streams * (one + tokens * widest * item) - spilled
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
-    memory = RUNTIME_BYTES + state + max(outside, streams * layer_bytes + (solve if recipe.calibrated else layer_bytes))
+    memory = RUNTIME_BYTES + state + max(outside, layer_bytes + (solve if recipe.calibrated else layer_bytes))
     flops = sum(_layer_flops(layout, layer.groups, tokens, recipe, shell.config) for layer in layout.layers)
     return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens, spilled)
+
+
+def _layer_bytes(layout: Layout, groups: tuple[Group, ...], item: int, streams: int) -> int:
+    """Its weights, those of the original stream apart, which passes experts before they change; all that they become."""
+    sizes = [(group, sum(math.prod(layout.shapes[name]) for name in group.linears)) for group in groups]
+    experts = sum(size for group, size in sizes if group.expert)
+    return streams * item * (sum(size for _, size in sizes) - experts) + (item + SOLVED_BYTES) * experts
 
 
 def _outside(shell: Shell, layout: Layout) -> list[str]:

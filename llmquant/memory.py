@@ -8,7 +8,7 @@ import psutil
 import torch
 
 _M_MMAP_THRESHOLD = -3  # mallopt(3), glibc
-_THRESHOLD = 4 * 2**20
+_THRESHOLD = 2 * 2**20
 
 
 def peak() -> int:

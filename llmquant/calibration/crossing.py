@@ -75,8 +75,10 @@ class Crossing:
         """The inputs of one linear, batch by batch, each linear in its turn."""
         (stop,) = self._local((linear,))
         originals: Iterator[Tensor | None] = repeat(None)
-        if self._originals and self.compares(linear):
+        if self.compares(linear) and self._originals:
             originals = self._originals.inputs(stop)
+        elif self._originals and self._originals.past:
+            self.targets()  # and the twin is no longer needed: what is replaced from here on need not be kept twice
         for x, mask, size in zip(self._walk.inputs(stop), self.stream.masks, self._sizes, strict=True):
             if (route := routed(x)) is None:
                 yield Sample(x, mask, size, next(originals))
@@ -95,12 +97,13 @@ class Crossing:
 
     def targets(self) -> Sequence[Tensor]:
         """The original states after the layer; the stream takes them over."""
-        if self._originals is None or self.stream.original is None:
+        if self.stream.original is None:
             raise ValueError("the stream has no original states")
-        for i, out in enumerate(self._originals.outputs()):  # one by one: old and new never both stand in full
-            self.stream.original[i] = out
-        self._originals.close()
-        self._originals = None
+        if self._originals:
+            for i, out in enumerate(self._originals.outputs()):  # one by one: old and new never both stand in full
+                self.stream.original[i] = out
+            self._originals.close()
+            self._originals = self.twin = None
         return self.stream.original
 
     def advance(self) -> None:

@@ -33,6 +33,11 @@ class Walk:
         for hook in self._hooks:
             hook.remove()
 
+    @property
+    def past(self) -> bool:
+        """Whether the last stop was visited."""
+        return self._visited == len(self._stops)
+
     def _start(self) -> list[greenlet]:
         return [greenlet(forward) for forward in self._forwards]
 
@@ -42,7 +47,7 @@ class Walk:
 
         The stops have to be visited in the order of the forward pass, and each to its end.
         """
-        if self._visited == len(self._stops) or self._stops[self._visited] != stop:
+        if self.past or self._stops[self._visited] != stop:
             raise ValueError(f"{stop} is not the next stop")
         self._visited += 1
         for walker in self._walkers:

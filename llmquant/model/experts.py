@@ -10,6 +10,7 @@ layer, and one that many chose is hardly moved.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -105,10 +106,11 @@ def routed(x: Tensor) -> Routed | None:
 
 def chosen(index: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """For each expert the tokens that chose it, in order, and in which of their k places; `index` int64 [tokens, k]."""
-    flat = index.reshape(-1)
-    counts = torch.bincount(flat, minlength=count).tolist()  # an index of `count` is nobody's
-    for rows in flat.argsort(stable=True).split(counts)[:count]:
-        yield rows // index.shape[1], rows % index.shape[1]
+    flat, k = index.reshape(-1), index.shape[1]
+    counts = torch.bincount(flat, minlength=count + 1).tolist()  # an index of `count` is nobody's
+    rows = flat.argsort(stable=True)
+    parts = zip((rows // k).split(counts), (rows % k).split(counts), strict=True)
+    return islice(parts, count)
 
 
 def unfuse(model: nn.Module, *, calibrated: bool = False) -> None:
