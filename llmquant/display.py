@@ -83,9 +83,11 @@ class Display:
         if not console.is_terminal and self._last:
             worst = max(self._last, key=lambda record: record["error"])
             seconds = sum(record["seconds"] for record in self._last)
+            seen = [record["tokens"] for record in self._last if "expert" in record]
+            experts = f", {min(seen)} to {max(seen)} tokens for an expert" if any(seen) else ""
             console.print(
                 f"{unit.name}: {len(self._last)} linears in {seconds:.1f} s, "
-                f"worst {worst['module'].rpartition('.')[2]} error {worst['error']:.2e}, {_memory()}"
+                f"worst {worst['module'].rpartition('.')[2]} error {worst['error']:.2e}{experts}, {_memory()}"
             )
         self._last.clear()
 

@@ -9,7 +9,7 @@ from llmquant.checkpoint.reader import Checkpoint
 from llmquant.estimate import estimate
 from llmquant.formats import for_config
 from llmquant.model.layout import Layout, derive_layout
-from llmquant.model.shell import Shell, read_config
+from llmquant.model.shell import Shell, empty_model, read_config, spellings
 from llmquant.native import describe_backend, describe_gpu_backend
 from llmquant.recipe import Recipe
 
@@ -52,10 +52,12 @@ def inspect_runtime() -> dict[str, Any]:
 
 def _quantized(source: Checkpoint, block: dict[str, Any], layout: Layout) -> dict[str, Any]:
     schemes = for_config(block).read_config(block, list(layout.shapes))
+    model = empty_model(read_config(source))
+    stored = {spelling.removesuffix(".weight") for name in schemes for spelling in spellings(f"{name}.weight", model)}
     packed = sum(
         info.nbytes
         for name, info in source.tensors.items()
-        if name.rpartition(".")[0] in schemes and not name.endswith((".bias", ".weight_shape", ".g_idx"))
+        if name.rpartition(".")[0] in stored and not name.endswith((".bias", ".weight_shape", ".g_idx"))
     )
     weights = sum(m * n for m, n in map(layout.shapes.__getitem__, schemes))
     return {

@@ -146,7 +146,7 @@ class _Work:
         seconds = (perf_counter() - started) / len(W)  # the stack is one problem: each member's share
         for name, Q in zip(W, solution.weight(stack.scheme).split(rows), strict=True):
             record = _record(name, stack.scheme, solution, W[name].float(), Q, problem.H)
-            record |= {"held_out": errors} if errors else {}
+            record |= ({"held_out": errors} if errors else {}) | ({"expert": True} if stack.expert else {})
             self.records.append(record | {"tokens": moments.tokens if moments else 0, "seconds": round(seconds, 3)})
             yield self.records[-1]
 

@@ -18,6 +18,7 @@ from llmquant.convert.source import Source
 from llmquant.errors import OutputError, RecipeError, VerifyError
 from llmquant.finish import already_finished, check_output, clear, digest_of
 from llmquant.formats import FORMATS
+from llmquant.model.experts import has_experts
 from llmquant.manifest import LOG, MANIFEST, RECIPE, manifest_bytes, sealed
 from llmquant.verify import problems_of
 from llmquant.version import __version__
@@ -28,6 +29,7 @@ EXPORTS = {
     "onnx": "llmquant.convert.onnx",
     "modelopt": "llmquant.convert.modelopt",
 }
+EXPERTS = ("compressed-tensors", "gguf")  # what is written of mixtures of experts: elsewhere they would be lost
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def _seal(out: Path, source: Source, made: Conversion, digests: dict[str, str], 
 
 
 def _product(source: Source, to: str) -> Product:
-    """What `to` stands for; RecipeError if a package for it is not installed."""
+    """What `to` stands for; RecipeError if a package for it is not installed, or experts would not be found there."""
+    if has_experts(source.model) and to not in EXPERTS:
+        raise RecipeError(f"--to {to}: is not written for mixtures of experts; {', '.join(EXPERTS)} is")
     if to in FORMATS:
         return packed.product(source, to)
     try:

@@ -4,6 +4,7 @@ Tensors carry llama.cpp's names, and rows of q and k lie in the order in which i
 family rotates neighbours. A checkpoint that is not quantized becomes a file in its own precision.
 """
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,19 +26,27 @@ from llmquant.convert.vocabulary import add_tokenizer
 from llmquant.errors import ArchitectureError, RecipeError
 from llmquant.formats import gguf as blocks
 from llmquant.formats.checks import check_in_place
+from llmquant.model.experts import Experts
 from llmquant.model.shell import tied_names
 from llmquant.scheme import Quantized
 
 FILE = "model.gguf"
 ALIGNMENT = 32  # bytes, of the beginning of each tensor
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Family(NamedTuple):
-    """What llama.cpp calls a model type, and whether it rotates neighbours in q and k."""
+    """What llama.cpp calls a model type, and how it computes that.
+
+    Attributes:
+        interleaved: it rotates neighbours in q and k.
+        normalized: the weights of a token's experts add up to one; None where the model's configuration cannot differ.
+    """
 
     name: str
     interleaved: bool
+    normalized: bool | None = None
 
 
 FAMILIES = {
@@ -45,6 +54,10 @@ FAMILIES = {
     "mistral": Family("llama", True),
     "qwen2": Family("qwen2", False),
     "qwen3": Family("qwen3", False),
+    "mixtral": Family("llama", True),
+    "qwen2_moe": Family("qwen2moe", False, normalized=False),
+    "qwen3_moe": Family("qwen3moe", False, normalized=True),
+    "olmoe": Family("olmoe", False, normalized=False),
 }
 
 
@@ -73,6 +86,7 @@ def product(source: Source) -> Product:
     kind = source.config.model_type
     if kind not in FAMILIES:
         raise ArchitectureError(f"{kind}: is not written as GGUF; models of {', '.join(FAMILIES)} are")
+    _check_mixture(source, FAMILIES[kind])
     for name, scheme in source.schemes.items():
         if reason := blocks.refuse(*source.linears[name], scheme):
             raise RecipeError(f"{name}: gguf cannot hold it: {reason}")
@@ -81,6 +95,17 @@ def product(source: Source) -> Product:
     head = _head(source, FAMILIES[kind], entries)
     licences = {name: write for name, write in side_files(source).items() if name.startswith(("LICENSE", "NOTICE"))}
     return Product({**licences, FILE: partial(_write, head, entries)}, _notes(source, entries))
+
+
+def _check_mixture(source: Source, family: Family) -> None:
+    """Refuse what llama.cpp computes otherwise than the model."""
+    config, experts = source.config, sum(isinstance(module, Experts) for module in source.model.modules())
+    if family.normalized is not None and config.norm_topk_prob != family.normalized:
+        raise ArchitectureError(f"norm_topk_prob {config.norm_topk_prob}: llama.cpp computes {family.name} otherwise")
+    if getattr(config, "clip_qkv", None):
+        raise ArchitectureError(f"clip_qkv {config.clip_qkv}: is not written as GGUF")
+    if experts not in (0, config.num_hidden_layers):
+        raise ArchitectureError(f"{config.model_type}: llama.cpp has experts in all layers, this model in {experts}")
 
 
 def _write(head: bytes, entries: dict[str, Entry], path: Path) -> str:
@@ -107,18 +132,32 @@ def _entries(source: Source, family: Family) -> dict[str, Entry]:
     names = gguf.get_tensor_name_map(architecture, source.config.num_hidden_layers)
     heads = {"q_proj": source.config.num_attention_heads, "k_proj": source.config.num_key_value_heads}
     entries: dict[str, Entry] = {}
+    experts: dict[str, list[Entry]] = {}  # of one layer and matrix, which are one tensor
     if (factors := _rope_factors(source.config)) is not None:
         entries["rope_freqs.weight"] = Entry(tuple(factors.shape), "F32", lambda: factors)
     for name, parameter in source.model.state_dict().items():
         if name in tied_names(source.model):
             continue
         owner, _, leaf = name.rpartition(".")
-        stored = names.get_name(owner)
+        block, number = EXPERT.subn(".experts.", owner)
+        stored = names.get_name(block)
         if stored is None:
             raise ArchitectureError(f"{name}: has no place in a GGUF file of {family.name}")
         rows = heads.get(owner.rpartition(".")[2]) if family.interleaved else None
-        entries[f"{stored}.{leaf}"] = _entry(source, name, tuple(parameter.shape), rows)
+        entry = _entry(source, name, tuple(parameter.shape), rows)
+        if number:
+            experts.setdefault(f"{stored}.{leaf}", []).append(entry)
+            entry = _stacked(experts[f"{stored}.{leaf}"])
+        entries[f"{stored}.{leaf}"] = entry
     return entries
+
+
+def _stacked(entries: list[Entry]) -> Entry:
+    """Of experts in their order, [experts, m, n]. All have one scheme, as no server could use others."""
+    first = entries[0]
+    if any(entry.type != first.type for entry in entries):
+        raise RecipeError("experts of one layer have several schemes; gguf holds them as one tensor")
+    return Entry((len(entries), *first.shape), first.type, lambda: torch.stack([entry.make() for entry in entries]))
 
 
 def _entry(source: Source, name: str, shape: tuple[int, ...], heads: int | None) -> Entry:
@@ -134,7 +173,8 @@ def _entry(source: Source, name: str, shape: tuple[int, ...], heads: int | None)
 
         return Entry(shape, blocks.kind(scheme), packed)
     dtype = source.checkpoint.tensors[source.stored(name)].dtype
-    if len(shape) == 1 or dtype not in TYPES:  # norms and biases are few, and llama.cpp wants them so
+    # Norms, biases and routers are few, and llama.cpp wants them so.
+    if len(shape) == 1 or dtype not in TYPES or linear in source.routers:
         dtype = torch.float32
     return Entry(shape, TYPES[dtype], lambda: turn(source.tensors[name].to(dtype)))
 
@@ -174,6 +214,14 @@ def _add_hyperparameters(writer: GGUFWriter, config: Any) -> None:
     writer.add_value_length(head_width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_width)
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
+    if experts := next(filter(None, counts), None):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if inner := getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(inner)
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(shared)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":

@@ -41,6 +41,8 @@ def product(source: Source, to: str) -> Product:
         raise CheckpointError(f"{source.checkpoint.root}: is not quantized; run llmquant quantize first")
     reordered = _check(source, target)
     skipped = [name for name in source.linears if name not in source.schemes]
+    unpacked = [name for name in source.routers if name not in source.linears]  # which servers make linears of
+    skipped += [source.stored(f"{name}.weight").removesuffix(".weight") for name in unpacked]
     block = target.config_block(source.schemes, skipped)
     if reordered:
         block["desc_act"] = True

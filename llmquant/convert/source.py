@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import NumericsError
 from llmquant.formats import FORMATS, Format, for_config
+from llmquant.model.experts import routers
 from llmquant.model.shell import StoredTensors, empty_model, read_config, stored_as
 from llmquant.runtime.loader import stored_dtype
 from llmquant.scheme import Quantized, Scheme
@@ -60,6 +61,11 @@ class Source:
     @cached_property
     def tensors(self) -> StoredTensors:
         return StoredTensors(self.model, self.checkpoint)
+
+    @cached_property
+    def routers(self) -> list[str]:
+        """Modules that send tokens to experts; none of them is quantized."""
+        return routers(self.model)
 
     @cached_property
     def prefixes(self) -> dict[str, str]:

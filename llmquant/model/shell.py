@@ -187,6 +187,8 @@ def stored_as(name: str, model: PreTrainedModel, source: Checkpoint) -> str:
     for spelling in spellings(name, model):
         if spelling in source.tensors:
             return spelling
+    if name.rpartition(".experts.")[0] and any(stored.endswith(FUSED) for stored in source.tensors):
+        raise CheckpointError(f"{source.root}: holds all experts of a layer in one tensor; this layout is not supported")
     raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
 
 
@@ -223,6 +225,9 @@ FORMER_NAMES = {
     "mixtral": MIXTRAL,
     "phimoe": MIXTRAL | {".router.": ".gate."},
 }
+
+
+FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 
 
 def spellings(name: str, model: PreTrainedModel) -> list[str]:

@@ -2,6 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
@@ -15,6 +16,7 @@ from llmquant.report.facts import Facts, Linear, read_facts
 from llmquant.version import __version__
 
 UNITS = {"mean_kl": "nats", "median_kl": "nats", "p99_kl": "nats", "max_kl": "nats"}
+FEW_TOKENS = 128  # for one expert: its solution rests on its guests as much as on them
 SHARES = ("top1_agreement", "increase")  # figures that are shown in per cent
 
 
@@ -35,7 +37,7 @@ class Page(NamedTuple):
     quality: dict[str, str]
     protocol: str
     charts: list[Chart]
-    linears: tuple[Linear, ...]
+    linears: list[Linear]
     sequences: int
     tokens: dict[str, int]
     notes: list[str]
@@ -81,10 +83,10 @@ def page_of(facts: Facts) -> Page:
         quality={_spoken(key): _figure(key, value) for key, value in _figures(facts.evaluation).items()},
         protocol=str(facts.evaluation.get("protocol", "")),
         charts=_charts(facts),
-        linears=facts.linears,
+        linears=facts.rows,
         sequences=head.get("sequences", 0),
         tokens=head.get("calibration_tokens", {}),
-        notes=[str(note) for note in head.get("notes", [])],
+        notes=[*map(str, head.get("notes", [])), *_experts(facts)],
         cost=_cost(facts),
         recipe=facts.recipe.rstrip(),
         manifest=facts.manifest.rstrip(),
@@ -125,9 +127,20 @@ def _figure(key: str, value: float) -> str:
 
 
 def _charts(facts: Facts) -> list[Chart]:
-    layers, kinds = facts.layers, facts.kinds
-    drawn = [error_bars(facts.linears, layers), bits_map(facts.linears, layers, kinds)]
-    return [chart for chart in (*drawn, outlier_map(facts.linears, layers, kinds)) if chart]
+    linears, layers, kinds = facts.rows, facts.layers, facts.kinds
+    drawn = [error_bars(linears, layers), bits_map(linears, layers, kinds), outlier_map(linears, layers, kinds)]
+    return [chart for chart in drawn if chart]
+
+
+def _experts(facts: Facts) -> list[str]:
+    """How evenly the calibration text reached the experts, of which those that it hardly did are known least."""
+    downs = [linear for linear in facts.linears if linear.kind.endswith(".down_proj")]  # one of each
+    tokens = [linear.tokens for linear in downs if linear.tokens is not None]
+    if not any(tokens):
+        return []
+    few = sum(count < FEW_TOKENS for count in tokens)
+    spread = f"{min(tokens)} to {max(tokens)}, median {median(tokens):.0f}"
+    return [f"{len(tokens)} experts: calibration tokens for each: {spread}; {few} have fewer than {FEW_TOKENS}"]
 
 
 def _cost(facts: Facts) -> dict[str, str]:

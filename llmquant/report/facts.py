@@ -1,8 +1,9 @@
 """What a finished directory tells of its run: read from its log, its recipe and the figures beside it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from llmquant.card import EVALUATION
@@ -24,13 +25,14 @@ class Linear:
 
     name: str
     layer: int
-    kind: str  # its name inside of the layer
+    kind: str  # its name inside of the layer; of an expert, without its number
     bits: int
     scheme: str
     method: str = ""
     error: float | None = None  # relative, at its output
     outliers: float | None = None  # of its inputs: the largest channel over the median one
     seconds: float = 0.0
+    tokens: int | None = None  # of the calibration text that an expert received; None for other linears
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Facts:
     @property
     def layers(self) -> list[int]:
         return sorted({linear.layer for linear in self.linears})
+
+    @property
+    def rows(self) -> list[Linear]:
+        """The linears, but all experts of a layer as one for each kind: mean error, largest outliers, time together."""
+        together: dict[tuple[int, str], list[Linear]] = {}
+        for linear in self.linears:
+            together.setdefault((linear.layer, linear.kind), []).append(linear)
+        return [_as_one(linears) for linears in together.values()]
 
     @property
     def kinds(self) -> list[str]:
@@ -81,6 +91,7 @@ def read_facts(directory: Path, evaluation: Path | None = None) -> Facts:
 def _linears(directory: Path, records: dict[str, dict[str, Any]]) -> list[Linear]:
     source = Checkpoint.open(directory)
     layout = derive_layout(read_config(source))
+    experts = {name for layer in layout.layers for group in layer.groups if group.expert for name in group.linears}
     block = source.config["quantization_config"]
     schemes = for_config(block).read_config(block, list(layout.shapes))
     found = []
@@ -91,13 +102,34 @@ def _linears(directory: Path, records: dict[str, dict[str, Any]]) -> list[Linear
                 Linear(
                     name=name,
                     layer=number,
-                    kind=name.removeprefix(f"{layer.name}."),
+                    kind=_kind(name.removeprefix(f"{layer.name}."), expert=name in experts),
                     bits=scheme.bits if scheme else KEPT,
                     scheme=str(scheme or "kept"),
                     method=record.get("method", ""),
                     error=record.get("error"),
                     outliers=record.get("outliers"),
                     seconds=record.get("seconds", 0.0),
+                    tokens=record.get("tokens") if name in experts else None,
                 )
             )
     return found
+
+
+def _kind(name: str, *, expert: bool) -> str:
+    block, _, linear = name.rpartition(".")
+    return f"{block.rpartition('.')[0]}.{linear}" if expert else name
+
+
+def _as_one(linears: list[Linear]) -> Linear:
+    first, errors = linears[0], [linear.error for linear in linears if linear.error is not None]
+    if len(linears) == 1:
+        return first
+    methods = dict.fromkeys(linear.method for linear in linears)
+    return replace(
+        first,
+        name=f"{first.name.rsplit('.', 2)[0]}.*.{first.name.rpartition('.')[2]}",
+        method=", ".join(method for method in methods if method),
+        error=mean(errors) if errors else None,
+        outliers=max((linear.outliers for linear in linears if linear.outliers is not None), default=None),
+        seconds=sum(linear.seconds for linear in linears),
+    )

@@ -62,7 +62,9 @@ def client_logits(client: Any, ids: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "arch", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+)
 def test_the_model_without_rounding(make_checkpoint: Callable[..., Path], tmp_path: Path, arch: str) -> None:
     """Names, order of rows, norms, rotation: in fp32 the logits are the same but for the order of sums."""
     directory = make_checkpoint(arch=arch, hidden=128, intermediate=256, dtype="float32")
@@ -79,6 +81,7 @@ def test_the_model_without_rounding(make_checkpoint: Callable[..., Path], tmp_pa
         ("llama", {"group_size": 32, "symmetric": False}),
         ("qwen2", {"group_size": 64}),
         ("qwen3", {"bits": 8, "group_size": 32}),
+        ("qwen3_moe", {"group_size": 32}),
     ],
 )
 def test_integers(quantized: Callable[..., Path], tmp_path: Path, arch: str, scheme: dict[str, Any]) -> None:

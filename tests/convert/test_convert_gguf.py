@@ -101,6 +101,48 @@ def test_every_tensor_is_what_the_checkpoint_means(
     assert verify_checkpoint(tmp_path / "gguf") == 3
 
 
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_experts_are_one_tensor_of_a_layer(made: Callable[..., Path], tmp_path: Path, arch: str) -> None:
+    expected = weights(made(Scheme(4, 32), arch))
+    facts, tensors, types = read(tmp_path / "gguf" / "model.gguf")
+    name = facts["general.architecture"]
+    assert name == {"mixtral": "llama"}.get(arch, arch.replace("_", ""))
+    count = facts[f"{name}.expert_count"]
+    assert (count, facts[f"{name}.expert_used_count"]) == (8 if arch in ("qwen3_moe", "olmoe") else 4, 2)
+    for layer in (0, 1):
+        for matrix in ("gate", "up", "down"):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            stacked = torch.stack([expected.pop(f"{prefix}.{e}.{matrix}_proj.weight") for e in range(count)])
+            found = tensors[f"blk.{layer}.ffn_{matrix}_exps.weight"]
+            assert types[f"blk.{layer}.ffn_{matrix}_exps.weight"] == "Q4_0"
+            assert torch.allclose(found, stacked, rtol=0, atol=1e-4 * float(stacked.abs().max()))
+        router = f"blk.{layer}.ffn_gate_inp.weight"
+        assert types[router] == "F32"
+        assert torch.equal(tensors[router], expected[f"model.layers.{layer}.mlp.gate.weight"])
+    others = [name for name in expected if name.endswith((".weight", ".bias"))]
+    assert len(tensors) == len(others) + 2 * 3, "each of the other tensors has its place"
+    assert verify_checkpoint(tmp_path / "gguf") == 3
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "message"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob False: llama.cpp computes qwen3moe otherwise"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, "experts in all layers, this model in 1"),
+    ],
+)
+def test_mixtures_that_llama_cpp_computes_otherwise(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, arch: str, change: dict[str, Any], message: str
+) -> None:
+    directory = Path(shutil.copytree(make_checkpoint(arch=arch), tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ArchitectureError, match=message):
+        convert(directory, tmp_path / "gguf", "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
 def test_tied_embeddings_are_written_once(made: Callable[..., Path], tmp_path: Path) -> None:
     made(Scheme(4, 32), tied=1)
     assert "output.weight" not in read(tmp_path / "gguf" / "model.gguf")[1]

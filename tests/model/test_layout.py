@@ -12,8 +12,8 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from llmquant.errors import ArchitectureError
@@ -118,11 +118,56 @@ def test_shapes_include_the_head() -> None:
     assert "lm_head" not in layout.linears()
 
 
-def test_fused_experts_are_refused_by_name() -> None:
-    config = Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, **SIZES)
-    with pytest.raises(
-        ArchitectureError, match=r"qwen3_moe: model\.layers\.0\.mlp\.experts\.\S+ .*belongs to no linear"
-    ):
+def test_a_mixture_of_experts() -> None:
+    """Each expert has inputs of its own; nothing folds into a norm that the router reads, too."""
+    mixture = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+    layout = derive_layout(Qwen2MoeConfig(shared_expert_intermediate_size=64, **mixture, **SIZES))
+    layer, norm = layout.layers[1], "model.layers.1.post_attention_layernorm"
+    assert layer.mixture == "model.layers.1.mlp"
+    leaves = [tuple(name.removeprefix("model.layers.1.") for name in group.linears) for group in layer.groups]
+    assert leaves == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        ("mlp.shared_expert.down_proj",),
+        ("mlp.experts.0.gate_proj", "mlp.experts.0.up_proj"),
+        ("mlp.experts.0.down_proj",),
+        ("mlp.experts.1.gate_proj", "mlp.experts.1.up_proj"),
+        ("mlp.experts.1.down_proj",),
+        ("mlp.shared_expert_gate",),
+    ]
+    assert [group.expert for group in layer.groups] == [False] * 4 + [True] * 4 + [False]
+    inputs = [(group.norm, group.foldable) for group in layer.groups]
+    assert inputs == [
+        ("model.layers.1.input_layernorm", True),
+        (None, True),
+        (norm, False),
+        (None, True),
+        *[(norm, False), (None, True)] * 2,
+        (norm, False),
+    ]
+    assert layout.routers[2:4] == ("model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate")
+    assert layout.shapes["model.layers.2.mlp.experts.1.down_proj"] == (64, 32)
+
+
+def test_a_dense_layer_among_mixtures_is_one_of_its_family() -> None:
+    mixture = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
+    layers = derive_layout(Qwen2MoeConfig(**mixture, **SIZES)).layers
+    assert [layer.mixture is None for layer in layers] == [False, True, False]
+    assert [group.foldable for group in layers[1].groups] == [True] * 4
+    assert [source.rpartition(".")[2] for source, _ in layers[1].folds] == ["v_proj", "up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("gpt_oss", {}, r"experts: GptOssExperts is not made of gate, up and down alone"),
+        ("llama4_text", {"intermediate_size_mlp": 64}, r"belongs to no linear \(fused experts\?\)"),
+    ],
+)
+def test_other_experts_are_refused_by_name(model_type: str, options: dict[str, int], message: str) -> None:
+    config = AutoConfig.for_model(model_type, num_local_experts=4, head_dim=16, **SIZES, **options)
+    with pytest.raises(ArchitectureError, match=message):
         derive_layout(config)
 
 
