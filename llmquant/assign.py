@@ -5,7 +5,7 @@ from math import gcd
 
 from llmquant.errors import RecipeError
 from llmquant.formats import FORMATS
-from llmquant.model.layout import Group, Layout
+from llmquant.model.layout import Group, Layer, Layout
 from llmquant.recipe import Recipe
 from llmquant.scheme import GROUP_SIZES, Scheme
 
@@ -65,3 +65,26 @@ def _settle(name: str, m: int, n: int, scheme: Scheme | None, recipe: Recipe, gr
     if reason := FORMATS[recipe.format].refuse(m, n, scheme):
         return Linear(name, m, n, None, f"kept: {recipe.format} cannot hold it: {reason}")
     return Linear(name, m, n, scheme, note)
+
+
+def check_mixture(recipe: Recipe, layout: Layout) -> None:
+    """Raise RecipeError for what is not for mixtures of experts."""
+    if not any(layer.mixture for layer in layout.layers):
+        return
+    if recipe.format != "compressed-tensors":
+        raise RecipeError(
+            f"format: transformers leaves the experts of {recipe.format} files random, and says nothing; "
+            "use --format compressed-tensors"
+        )
+    if recipe.target:
+        raise RecipeError("target: mixed precision is not measured for mixtures of experts; give one scheme")
+
+
+def check_experts(layer: Layer, linears: dict[str, Linear]) -> None:
+    """Raise RecipeError unless all experts of a layer are alike, which servers compute at once."""
+    experts = [linears[name] for group in layer.groups if group.expert for name in group.linears]
+    if other := next((each for each in experts if each.scheme != experts[0].scheme), None):
+        raise RecipeError(
+            f"overrides: {experts[0].name} and {other.name} are experts of a layer, which servers compute together, "
+            f"but get {experts[0].scheme or 'kept'} and {other.scheme or 'kept'}; give all of them one scheme"
+        )

@@ -49,7 +49,7 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
 
 
 def _layer_bytes(layout: Layout, groups: tuple[Group, ...], item: int, streams: int) -> int:
-    """Its weights, those of the original stream apart, which passes experts before they change; all that they become."""
+    """Its weights, twice where the original stream needs its own: it has passed experts before they change."""
     sizes = [(group, sum(math.prod(layout.shapes[name]) for name in group.linears)) for group in groups]
     experts = sum(size for group, size in sizes if group.expert)
     return streams * item * (sum(size for _, size in sizes) - experts) + (item + SOLVED_BYTES) * experts

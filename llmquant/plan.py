@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from llmquant.assign import Linear, assign
+from llmquant.assign import Linear, assign, check_experts, check_mixture
 from llmquant.calibration.batches import Calibration
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError, OutputError, RecipeError
@@ -175,7 +175,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
     """
     _check_recipe(recipe)
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
-    _check_mixture(recipe, layout)
+    check_mixture(recipe, layout)
     drafts = [_draft_outside(shell, layout), *(_draft_layer(layer, recipe, shell, layout) for layer in layout.layers)]
     total = sum(spec_bytes(spec) for draft in drafts for spec in draft.specs.values())
     units = _name_shards(drafts, merged=total <= SHARD_BYTES)
@@ -196,7 +196,10 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         ),
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=cost,
-        all_linears=(*layout.shapes, *(shell.stored_prefix(name) for name in layout.routers if name not in layout.shapes)),
+        all_linears=(
+            *layout.shapes,
+            *(shell.stored_prefix(name) for name in layout.routers if name not in layout.shapes),
+        ),
     )
     quantization_config(plan)  # a layout may refuse the schemes together
     if max_memory is not None and plan.estimate.memory > max_memory:
@@ -205,6 +208,11 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
             f"allowed are {max_memory / 1e9:.1f} GB; lower --samples or --seq-len"
         )
     return plan
+
+
+def _routers(shell: Shell, layout: Layout) -> list[str]:
+    """Those that are no linears here, by the names that servers have, which make linears of them."""
+    return [shell.stored_prefix(name) for name in layout.routers if name not in layout.shapes]
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
@@ -246,19 +254,6 @@ def _check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _check_mixture(recipe: Recipe, layout: Layout) -> None:
-    """What is not for mixtures of experts."""
-    if not any(layer.mixture for layer in layout.layers):
-        return
-    if recipe.format != "compressed-tensors":
-        raise RecipeError(
-            f"format: transformers leaves the experts of {recipe.format} files random, and says nothing; "
-            "use --format compressed-tensors"
-        )
-    if recipe.target:
-        raise RecipeError("target: mixed precision is not measured for mixtures of experts; give one scheme")
-
-
 @dataclass
 class _Draft:
     """A unit before its files have names."""
@@ -278,7 +273,7 @@ def _draft_outside(shell: Shell, layout: Layout) -> _Draft:
 
 def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> _Draft:
     linears = {linear.name: linear for group in layer.groups for linear in assign(group, recipe, layout)}
-    _check_experts(layer, linears)
+    check_experts(layer, linears)
     replaced = {f"{linear.name}.weight": linear for linear in linears.values() if linear.scheme}
     specs: dict[str, Spec] = {}
     for name in shell.part(layer.name):
@@ -292,16 +287,6 @@ def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> 
             specs |= FORMATS[recipe.format].specs(prefix, linear.m, linear.n, linear.scheme, dtype)
     kept = tuple(name for name in shell.part(layer.name) if name not in replaced)
     return _Draft(layer.name, layer, linears, kept, specs)
-
-
-def _check_experts(layer: Layer, linears: dict[str, Linear]) -> None:
-    """Servers compute all experts of a layer at once: they must be alike."""
-    experts = [linears[name] for group in layer.groups if group.expert for name in group.linears]
-    if other := next((each for each in experts if each.scheme != experts[0].scheme), None):
-        raise RecipeError(
-            f"overrides: {experts[0].name} and {other.name} are experts of a layer, which servers compute together, "
-            f"but get {experts[0].scheme or 'kept'} and {other.scheme or 'kept'}; give all of them one scheme"
-        )
 
 
 def _linear_notes(units: tuple[Unit, ...]) -> list[str]:

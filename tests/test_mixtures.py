@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SCRIPTS
 from measuring import compared
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,7 +35,7 @@ from llmquant.runtime.loader import load
 from llmquant.unit import Workplace, _Work
 from llmquant.verify import verify_checkpoint
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import make_tiny
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"]
@@ -285,9 +284,10 @@ def test_files_say_which_linears_are_routers(
 
 def test_asymmetric_experts_are_noted(make_checkpoint: Callable[..., Path], calibration: Path) -> None:
     wanted = recipe(calibration, scheme={"group_size": 32, "symmetric": False})
-    assert "transformers refuses asymmetric experts; vLLM reads them" in open_plan(
-        make_checkpoint(arch="qwen3_moe"), wanted
-    )[1].notes
+    assert (
+        "transformers refuses asymmetric experts; vLLM reads them"
+        in open_plan(make_checkpoint(arch="qwen3_moe"), wanted)[1].notes
+    )
 
 
 def test_the_report_has_a_row_for_the_experts_of_a_layer(

@@ -18,8 +18,8 @@ from llmquant.convert.source import Source
 from llmquant.errors import OutputError, RecipeError, VerifyError
 from llmquant.finish import already_finished, check_output, clear, digest_of
 from llmquant.formats import FORMATS
-from llmquant.model.experts import has_experts
 from llmquant.manifest import LOG, MANIFEST, RECIPE, manifest_bytes, sealed
+from llmquant.model.experts import has_experts
 from llmquant.verify import problems_of
 from llmquant.version import __version__
 

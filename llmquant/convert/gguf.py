@@ -102,6 +102,8 @@ def _check_mixture(source: Source, family: Family) -> None:
     config, experts = source.config, sum(isinstance(module, Experts) for module in source.model.modules())
     if family.normalized is not None and config.norm_topk_prob != family.normalized:
         raise ArchitectureError(f"norm_topk_prob {config.norm_topk_prob}: llama.cpp computes {family.name} otherwise")
+    if config.model_type == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
+        raise ArchitectureError(f"num_key_value_heads {config.num_key_value_heads}: llama.cpp has one for each head")
     if getattr(config, "clip_qkv", None):
         raise ArchitectureError(f"clip_qkv {config.clip_qkv}: is not written as GGUF")
     if experts not in (0, config.num_hidden_layers):

@@ -10,6 +10,7 @@ layer, and one that many chose is hardly moved.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -43,18 +44,20 @@ class Expert(nn.Module):
 
     def __init__(self, hidden: int, inner: int, act_fn: Any, like: Tensor) -> None:
         super().__init__()
-        new = {"bias": False, "device": like.device, "dtype": like.dtype}
-        self.gate_proj = nn.Linear(hidden, inner, **new)
-        self.up_proj = nn.Linear(hidden, inner, **new)
-        self.down_proj = nn.Linear(inner, hidden, **new)
+        linear = partial(nn.Linear, bias=False, device=like.device, dtype=like.dtype)
+        self.gate_proj = linear(hidden, inner)
+        self.up_proj = linear(hidden, inner)
+        self.down_proj = linear(inner, hidden)
         self.act_fn = act_fn
 
     def inner(self, x: Tensor) -> Tensor:
         """The input of `down_proj`."""
-        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)  # type: ignore[no-any-return]
+        inner: Tensor = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.inner(x))  # type: ignore[no-any-return]
+        y: Tensor = self.down_proj(self.inner(x))
+        return y
 
 
 class Experts(nn.ModuleList):
@@ -68,7 +71,7 @@ class Experts(nn.ModuleList):
                 out.index_add_(0, tokens, (expert(x[tokens]) * weights[tokens, places, None]).to(out.dtype))
         return out
 
-    def everywhere(self, x: Tensor, *_: Tensor) -> Tensor:
+    def everywhere(self, x: Tensor, _index: Tensor, _weights: Tensor) -> Tensor:
         """All experts for all tokens, each from a copy of `x` of its own: no shape depends on a value."""
         out = torch.zeros_like(x)
         for expert in self:
@@ -84,10 +87,10 @@ class CalibratedExperts(Experts):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
-        step = max(1, len(self) // index.shape[1])
+        everyone, step = torch.arange(len(x), device=x.device), max(1, len(self) // index.shape[1])
         for number, (tokens, places) in enumerate(chosen(index, len(self))):
             expert: Any = self[number]
-            routed = Routed(torch.cat([tokens, torch.arange(number % step, len(x), step, device=x.device)]), len(tokens))
+            routed = Routed(torch.cat([tokens, everyone[number % step :: step]]), len(tokens))
             inner = expert.inner(_marked(x[routed.tokens], routed))
             y = expert.down_proj(_marked(inner, routed))[: routed.chosen]
             out.index_add_(0, tokens, (y * weights[tokens, places, None]).to(out.dtype))
@@ -127,7 +130,8 @@ def unfuse(model: nn.Module, *, calibrated: bool = False) -> None:
         plain = all(getattr(fused, option, value) == value for option, value in PLAIN.items())
         if not plain or getattr(gate, "__name__", GATE) != GATE:
             raise ArchitectureError(
-                f"{name}: {type(fused).__name__} is not made of gate, up and down alone; this architecture is not supported"
+                f"{name}: {type(fused).__name__} is not made of gate, up and down alone; "
+                "this architecture is not supported"
             )
         count, hidden, inner = fused.down_proj.shape
         kind = CalibratedExperts if calibrated else Experts
@@ -143,7 +147,7 @@ def without_guests(module: nn.Module) -> None:
     """Let experts that nothing is learned from receive their own tokens alone."""
     for experts in module.modules():
         if isinstance(experts, CalibratedExperts):
-            experts.__class__ = Experts
+            experts.__class__ = Experts  # type: ignore[assignment]
 
 
 def routers(layer: nn.Module) -> list[str]:

@@ -188,7 +188,9 @@ def stored_as(name: str, model: PreTrainedModel, source: Checkpoint) -> str:
         if spelling in source.tensors:
             return spelling
     if name.rpartition(".experts.")[0] and any(stored.endswith(FUSED) for stored in source.tensors):
-        raise CheckpointError(f"{source.root}: holds all experts of a layer in one tensor; this layout is not supported")
+        raise CheckpointError(
+            f"{source.root}: holds all experts of a layer in one tensor; this layout is not supported"
+        )
     raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
 
 

@@ -51,7 +51,7 @@ def load(
     model.tie_weights()
     use_decoder(model)
     if has_experts(model):
-        model._weight_conversions = renamings(model)  # by which `save_pretrained` names what it writes
+        vars(model)["_weight_conversions"] = renamings(model)  # by which `save_pretrained` names what it writes
     _load_generation_config(model, filling.source.root)
     release_threads()  # who computes with a model is often not the thread that has loaded it
     return model

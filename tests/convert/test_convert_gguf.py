@@ -103,7 +103,7 @@ def test_every_tensor_is_what_the_checkpoint_means(
 
 @pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_experts_are_one_tensor_of_a_layer(made: Callable[..., Path], tmp_path: Path, arch: str) -> None:
-    expected = weights(made(Scheme(4, 32), arch))
+    expected = weights(made(Scheme(4, 32), arch, **({"kv_heads": 4} if arch == "olmoe" else {})))
     facts, tensors, types = read(tmp_path / "gguf" / "model.gguf")
     name = facts["general.architecture"]
     assert name == {"mixtral": "llama"}.get(arch, arch.replace("_", ""))
@@ -128,7 +128,8 @@ def test_experts_are_one_tensor_of_a_layer(made: Callable[..., Path], tmp_path: 
     ("arch", "change", "message"),
     [
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob False: llama.cpp computes qwen3moe otherwise"),
-        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ("olmoe", {"clip_qkv": 8.0, "num_attention_heads": 2}, "clip_qkv 8.0"),
+        ("olmoe", {}, "num_key_value_heads 2: llama.cpp has one for each head"),
         ("qwen2_moe", {"mlp_only_layers": [0]}, "experts in all layers, this model in 1"),
     ],
 )

@@ -2,18 +2,27 @@
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SCRIPTS
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmquant.errors import ArchitectureError
-from llmquant.model.experts import CalibratedExperts, Experts, chosen, has_experts, routed, routers, unfuse, without_guests
+from llmquant.model.experts import (
+    CalibratedExperts,
+    Experts,
+    chosen,
+    has_experts,
+    routed,
+    routers,
+    unfuse,
+    without_guests,
+)
 
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
 from make_tiny import Spec, random_model
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"]
@@ -105,9 +114,7 @@ def test_gradients_reach_the_experts_that_were_chosen(experts: CalibratedExperts
     index, weights = route(20)
     x = torch.randn(20, 64, requires_grad=True)
     plain(x, index, weights).square().sum().backward()
-    dense = sum(
-        (weights * (index == n)).sum(1, keepdim=True) * expert(x.detach()) for n, expert in enumerate(plain)
-    )
+    dense = sum((weights * (index == n)).sum(1, keepdim=True) * expert(x.detach()) for n, expert in enumerate(plain))
     assert torch.allclose(dense, plain(x.detach(), index, weights), rtol=1e-5, atol=1e-6)
     chosen_ones = set(index.flatten().tolist())
     assert {n for n, expert in enumerate(plain) if expert.up_proj.weight.grad is not None} == chosen_ones

@@ -31,6 +31,8 @@ RECIPES = {
     "gptq": Recipe(method="rtn", format="gptq", scheme=Scheme(4, 32)),
     "several": Recipe(method="rtn", scheme=Scheme(4, 32), overrides=(Override(match="re:.*down_proj", bits=8),)),
 }
+MIXTURES = ("mixtral", "qwen2_moe", "deepseek_v3")
+OTHERS = [("gptq", "opt"), ("compressed-tensors", "mixtral")]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 @pytest.mark.parametrize(
     ("recipe", "arch"),
     [(recipe, "llama") for recipe in RECIPES]
-    + [("compressed-tensors", a) for a in ("qwen2", "gemma3", "opt", "gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3")],
+    + [("compressed-tensors", arch) for arch in ("qwen2", "gemma3", "opt", "gpt_neox", *MIXTURES)],
 )
 def test_it_is_the_model_that_our_loader_makes(packed, recipe: str, arch: str) -> None:
     model, ours = open_client(packed(recipe, arch)), llmquant.load(packed(recipe, arch))
@@ -117,7 +119,7 @@ def test_another_dtype_is_that_of_the_activations(packed, dtype: torch.dtype) ->
     assert torch.equal(logits(model), logits(llmquant.load(packed(), dtype)))
 
 
-@pytest.mark.parametrize(("recipe", "arch"), [(recipe, "llama") for recipe in RECIPES] + [("gptq", "opt"), ("compressed-tensors", "mixtral")])
+@pytest.mark.parametrize(("recipe", "arch"), OTHERS + [(recipe, "llama") for recipe in RECIPES])
 def test_saving_writes_the_bytes_that_were_read(packed, tmp_path: Path, recipe: str, arch: str) -> None:
     open_client(packed(recipe, arch)).save_pretrained(tmp_path)
     before, after = load_file(packed(recipe, arch) / "model.safetensors"), load_file(tmp_path / "model.safetensors")
