@@ -6,9 +6,22 @@ from typing import Any
 import pytest
 import torch
 from agreement import TIED, compare_model, installed, prompts
-from client_checks import IDS, TEXT, check_bf16, check_fp32, differing_weights, distance, logits, needs, real
+from client_checks import (
+    FP32_ROUNDING,
+    IDS,
+    TEXT,
+    RealLinear,
+    check_bf16,
+    check_fp32,
+    differing_weights,
+    distance,
+    logits,
+    needs,
+    real,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmquant.model.experts import Experts
 from llmquant.runtime.loader import load
 
 pytestmark = needs("compressed_tensors")
@@ -70,6 +83,30 @@ def test_several_schemes_with_zero_points_are_refused_not_misread(quantized, ove
     """transformers cannot read these files. Told to dequantize, it would take the first scheme for all linears."""
     directory = quantized(scheme={"group_size": 64, "symmetric": False}, overrides=[overrides])
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        open_client(directory, torch.float32)
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"])
+def test_mixtures_of_experts(quantized, arch):
+    """The client keeps experts in the dtype of the scales, whatever was asked for, and computes them in it."""
+    directory = quantized(arch=arch, scheme={"group_size": 32})
+    client, ours = open_client(directory, torch.float32), real(directory)
+    for name, experts in [(name, module) for name, module in ours.named_modules() if isinstance(module, Experts)]:
+        for linear in experts.modules():
+            if isinstance(linear, RealLinear):
+                linear.weight.data = linear.weight.bfloat16().float()
+        theirs = client.get_submodule(name)
+        gate_up = [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]) for expert in experts]
+        assert torch.equal(theirs.gate_up_proj, torch.stack(gate_up).bfloat16())
+        assert torch.equal(theirs.down_proj, torch.stack([expert.down_proj.weight for expert in experts]).bfloat16())
+        theirs.gate_up_proj.data, theirs.down_proj.data = theirs.gate_up_proj.float(), theirs.down_proj.float()
+    client.set_experts_implementation("eager")
+    assert distance(logits(client, IDS), logits(ours, IDS)) < FP32_ROUNDING
+
+
+def test_asymmetric_experts_are_refused_not_misread(quantized):
+    directory = quantized(arch="qwen3_moe", scheme={"group_size": 32, "symmetric": False})
+    with pytest.raises(RuntimeError):
         open_client(directory, torch.float32)
 
 
