@@ -218,10 +218,25 @@ void gated(float* gate, const float* up, int64_t count) {
     copy(gate + i, rest[0], count - i);
 }
 
+void score(const void* weight, int64_t kind, int64_t count, const float* x, int64_t first, int64_t last,
+           float* scores) {
+    with_kind(kind, [&](auto known) {
+        const int64_t whole = count / PIECE * PIECE;
+        for (int64_t row = first; row < last; ++row) {
+            Piece sums = {};
+            for (int64_t i = 0; i < whole; i += PIECE)
+                add_product(sums, load_piece(x + i), read_whole<known.value>(weight, row * count + i));
+            if (whole < count)
+                add_product(sums, load_piece(x + whole), read_piece(weight, kind, row * count + whole, count - whole));
+            scores[row] = total(sums);
+        }
+    });
+}
+
 }  // namespace
 
 namespace LLMQUANT_LEVEL {
-const DecodeKernels decode = {read_numbers, write_numbers, norm, attend, gated};
+const DecodeKernels decode = {read_numbers, write_numbers, norm, attend, gated, score};
 }
 
 }  // namespace llmquant

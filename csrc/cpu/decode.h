@@ -3,8 +3,10 @@
 //
 //   h += out(attention(rope(q(n)), rope(k(n)), v(n))),  n = norm(h);     h += down(silu(gate(m)) * up(m)),  m = norm(h)
 //
-// with norm(h) = gain * h / sqrt(mean(h^2) + eps); heads of q and k may have such a norm, too. Every linear is a packed
-// one. The states are fp32 throughout. What a token becomes does not depend on the sequences beside it.
+// with norm(h) = gain * h / sqrt(mean(h^2) + eps); heads of q and k may have such a norm, too. In a mixture of experts
+// h += sum of weight * down(silu(gate(m)) * up(m)) over the experts that a router chooses for m. Every linear is a
+// packed one, but for the router. The states are fp32 throughout. What a token becomes does not depend on the sequences
+// beside it.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +16,20 @@
 
 #define LLMQUANT_HEADS_TOGETHER 4  // at most: query heads for which a key is read once
 
-// These three are mirrored in llmquant/kernels/decode.py; a change of any needs a new value of llmquant_abi.
+// These four are mirrored in llmquant/kernels/decode.py; a change of any needs a new value of llmquant_abi.
+// Experts, all of the same sizes. A token's are those with the largest scores router * m, of which the softmax over all
+// experts, or over those that are chosen, is their weight.
+struct LlmquantMixture {
+    const void* router;             // [count][hidden]
+    const LlmquantLinear* experts;  // [count][3]: gate, up and down of each, as those of a layer
+    int64_t count;                  // 0: there are none, and the layer's own gate, up and down are meant
+    int64_t chosen;                 // by each token
+    int64_t normalized;             // 1: the weights of those chosen add up to one
+};
+
 struct LlmquantLayer {
     LlmquantLinear q, k, v, out, gate, up, down;  // weights and sizes: x, y, their kind and tokens are not read
+    LlmquantMixture mixture;                      // in the place of gate, up and down
     const void* attention_gain;                   // [hidden], of the norm before attention
     const void* mlp_gain;                         // [hidden], of the norm before gate and up
     const void* q_gain;  // [head_width], of a norm of each head of q before it is rotated; null: there is none

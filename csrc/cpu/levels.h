@@ -55,6 +55,9 @@ struct DecodeKernels {
     void (*attend)(const LlmquantStep& step, const LlmquantSequence& sequence, int64_t layer, const TokenHeads& heads,
                    int64_t first, int64_t last, float* scratch);
     void (*gated)(float* gate, const float* up, int64_t count);  // gate = silu(gate) * up
+    // Rows [first, last) of a weight [][count] times x.
+    void (*score)(const void* weight, int64_t kind, int64_t count, const float* x, int64_t first, int64_t last,
+                  float* scores);
 };
 
 // dense.cpp, likewise, and dense_tiles.cpp.

@@ -145,7 +145,7 @@ struct Room {
 }  // namespace
 }  // namespace llmquant
 
-int64_t llmquant_abi() { return 6; }
+int64_t llmquant_abi() { return 7; }
 
 const char* llmquant_level(int64_t level) { return llmquant::usable_level(level).name; }
 

@@ -9,12 +9,13 @@
 #include <vector>
 
 #include "decode.h"
+#include "mixture.h"
 
 namespace llmquant {
 
-// Where threads wait for each other, five times in a layer. OpenMP's own barrier puts a thread to sleep at once if
-// there have ever been more threads than processors, of whoever's parallel regions: then each wait takes 50 us instead
-// of 1.
+// Where threads wait for each other, five times in a layer, and six in one of experts. OpenMP's own barrier puts a
+// thread to sleep at once if there have ever been more threads than processors, of whoever's parallel regions: then
+// each wait takes 50 us instead of 1.
 class Meeting {
   public:
     void wait(int64_t count) {
@@ -58,22 +59,33 @@ class Walk {
           q(numbers(step.sequence_count * step.heads * step.head_width)),
           k(numbers(step.sequence_count * step.kv_heads * step.head_width)),
           v(numbers(step.sequence_count * step.kv_heads * step.head_width)),
-          attended(numbers(step.sequence_count * step.heads * step.head_width)),
-          gate(numbers(step.sequence_count * step.ffn)),
-          up(numbers(step.sequence_count * step.ffn)) {
-        int64_t most = 0;
+          attended(numbers(step.sequence_count * step.heads * step.head_width)) {
+        int64_t most = 0, inner = step.ffn, rows = step.ffn, experts = 0, chosen = 0;
+        for (int64_t i = 0; i < step.layer_count; ++i) {
+            const LlmquantMixture& mixture = step.layers[i].mixture;
+            if (!mixture.count) continue;
+            inner = std::max(inner, mixture.experts->rows);
+            rows = std::max(rows, mixture.chosen * mixture.experts->rows);
+            experts = std::max(experts, mixture.count);
+            chosen = std::max(chosen, mixture.chosen);
+        }
+        gate = numbers(step.sequence_count * rows);
+        up = numbers(step.sequence_count * rows);
+        scores = numbers(step.sequence_count * experts);
         for (int64_t t = 0; t < step.sequence_count; ++t) {
             most = std::max(most, step.sequences[t].before);
             work += step.heads * (step.sequences[t].before + 1);
         }
-        const int64_t widest = padded(std::max({step.hidden, step.ffn, step.heads * step.head_width}));
+        const int64_t widest = padded(std::max({step.hidden, inner, step.heads * step.head_width}));
         const int64_t tokens = (step.sequence_count + LLMQUANT_TILE - 1) / LLMQUANT_TILE * LLMQUANT_TILE;
         for (int64_t i = 0; i < step.threads; ++i)
             own.push_back({numbers(step.sequence_count * step.hidden + LLMQUANT_PANEL),
                            numbers(LLMQUANT_HEADS_TOGETHER * (whole(most + 1) + step.head_width) + 2 * step.head_width),
                            std::vector<int8_t>(static_cast<std::size_t>(tokens * 2 * (widest + LLMQUANT_CHUNK))),
                            numbers(tokens * widest / LLMQUANT_CHUNK),
-                           std::vector<int32_t>(static_cast<std::size_t>(tokens * widest / LLMQUANT_CHUNK))});
+                           std::vector<int32_t>(static_cast<std::size_t>(tokens * widest / LLMQUANT_CHUNK)),
+                           numbers(experts ? step.sequence_count * step.hidden + LLMQUANT_PANEL : 0),
+                           Routes(step.sequence_count, experts, chosen)});
     }
 
     // To be called by each of `count` threads at the same time.
@@ -94,11 +106,20 @@ class Walk {
             add_change(layer.out, part);
             meeting.wait(count);
             norm(layer.mlp_gain, part);
-            multiply({{layer.gate, gate}, {layer.up, up}}, part.own.normed, part);
-            apply_gate(layer.gate, part);
-            meeting.wait(count);
-            multiply({{layer.down, change}}, gate, part);
-            add_change(layer.down, part);
+            if (layer.mixture.count) {
+                score(layer.mixture, part);
+                meeting.wait(count);
+                part.own.routes.choose(layer.mixture, scores.data(), step.sequence_count);
+                enter(layer.mixture, part);
+                meeting.wait(count);
+                leave(layer.mixture, part);
+            } else {
+                multiply({{layer.gate, gate}, {layer.up, up}}, part.own.normed, part);
+                apply_gate(layer.gate, part);
+                meeting.wait(count);
+                multiply({{layer.down, change}}, gate, part);
+                add_change(layer.down, part);
+            }
             meeting.wait(count);
         }
         if (thread == 0) {
@@ -117,6 +138,8 @@ class Walk {
         std::vector<int8_t> planes;
         Vector scales;
         std::vector<int32_t> sums;
+        Vector gathered;  // inputs of an expert
+        Routes routes;
     };
 
     struct Part {
@@ -131,6 +154,7 @@ class Walk {
     struct Product {
         const LlmquantLinear& weight;
         Vector& y;
+        int64_t at = 0;  // where the first token's results are
     };
 
     static int64_t whole(int64_t count) { return (count + LLMQUANT_PANEL - 1) / LLMQUANT_PANEL * LLMQUANT_PANEL; }
@@ -150,27 +174,100 @@ class Walk {
 
     // This thread's rows of the linears that share the input x, which it brings to integers as their groups ask for.
     void multiply(std::initializer_list<Product> products, const Vector& x, const Part& part) const {
+        multiply(products, x.data(), step.sequence_count, part,
+                 [&](int64_t panels) { return share_of_panels(panels, part); });
+    }
+
+    // The same of some tokens and of the panels that `share` names.
+    template <typename Share>
+    void multiply(std::initializer_list<Product> products, const float* x, int64_t tokens, const Part& part,
+                  Share share) const {
         const Integers integers = {part.own.planes.data(), part.own.scales.data(), part.own.sums.data()};
         const LlmquantLinear* known = nullptr;
         for (const Product& product : products) {
             LlmquantLinear task = product.weight;
-            task.x = x.data();
-            task.y = product.y.data();
-            task.tokens = step.sequence_count;
+            task.x = x;
+            task.y = product.y.data() + product.at;
+            task.tokens = tokens;
             task.x_kind = LLMQUANT_FP32;
             if (!known || block_of(*known) != block_of(task) || known->planes != task.planes)
                 linear.to_integers(task, integers, 0, task.tokens);
             known = &product.weight;
-            const int64_t panels = panels_of(task);
-            linear.multiply(task, integers, panels * part.thread / part.count, panels * (part.thread + 1) / part.count);
+            const Rows panels = share(panels_of(task));
+            linear.multiply(task, integers, panels.first, panels.last);
         }
+    }
+
+    static Rows share_of_panels(int64_t panels, const Part& part) {
+        return {panels * part.thread / part.count, panels * (part.thread + 1) / part.count};
     }
 
     // The rows of y that `multiply` gives a thread: whole panels, but for the last.
     static Rows share_of(const LlmquantLinear& weight, const Part& part) {
-        const int64_t panels = panels_of(weight);
-        return {panels * part.thread / part.count * LLMQUANT_PANEL,
-                std::min(weight.rows, panels * (part.thread + 1) / part.count * LLMQUANT_PANEL)};
+        return rows_of(weight, share_of_panels(panels_of(weight), part));
+    }
+
+    static Rows rows_of(const LlmquantLinear& weight, const Rows& panels) {
+        return {panels.first * LLMQUANT_PANEL, std::min(weight.rows, panels.last * LLMQUANT_PANEL)};
+    }
+
+    // This thread's rows of the router.
+    void score(const LlmquantMixture& mixture, const Part& part) {
+        const Rows own = share_of_panels(mixture.count, part);
+        for (int64_t t = 0; t < step.sequence_count; ++t)
+            decode.score(mixture.router, step.kind, step.hidden, part.own.normed.data() + t * step.hidden, own.first,
+                         own.last, scores.data() + t * mixture.count);
+    }
+
+    // gate = silu(gate(m)) * up(m) of all visits. Of the panels of all experts that are visited, one after the other,
+    // a thread has its part.
+    void enter(const LlmquantMixture& mixture, const Part& part) {
+        const Routes& routes = part.own.routes;
+        const int64_t inner = mixture.experts->rows, panels = panels_of(*mixture.experts);
+        const Rows all = share_of_panels(routes.size * panels, part);
+        for (int64_t g = all.first / panels; g * panels < all.last; ++g) {
+            const Routes::Group& group = routes.groups[static_cast<std::size_t>(g)];
+            const LlmquantLinear* expert = mixture.experts + 3 * group.expert;
+            const Rows own = {std::max(all.first - g * panels, int64_t{0}), std::min(all.last - g * panels, panels)};
+            const int64_t at = group.first * inner;
+            multiply({{expert[0], gate, at}, {expert[1], up, at}}, inputs_of(group, part), group.last - group.first,
+                     part, [&](int64_t) { return own; });
+            const Rows rows = rows_of(expert[0], own);
+            for (int64_t i = group.first; i < group.last; ++i)
+                decode.gated(gate.data() + i * inner + rows.first, up.data() + i * inner + rows.first,
+                             rows.last - rows.first);
+        }
+    }
+
+    // The normed states of a group's tokens, one after the other.
+    const float* inputs_of(const Routes::Group& group, const Part& part) const {
+        if (step.sequence_count == 1) return part.own.normed.data();
+        float* to = part.own.gathered.data();
+        for (int64_t i = group.first; i < group.last; ++i, to += step.hidden)
+            std::copy_n(part.own.normed.data() + visit(i, part).token * step.hidden, step.hidden, to);
+        return part.own.gathered.data();
+    }
+
+    // state += weight * down(gate) of all visits, a token's in the order of the experts: this thread's rows.
+    void leave(const LlmquantMixture& mixture, const Part& part) {
+        const Routes& routes = part.own.routes;
+        const int64_t inner = mixture.experts->rows;
+        for (int64_t g = 0; g < routes.size; ++g) {
+            const Routes::Group& group = routes.groups[static_cast<std::size_t>(g)];
+            const LlmquantLinear& down = mixture.experts[3 * group.expert + 2];
+            multiply({{down, change}}, gate.data() + group.first * inner, group.last - group.first, part,
+                     [&](int64_t panels) { return share_of_panels(panels, part); });
+            const Rows rows = share_of(down, part);
+            for (int64_t i = group.first; i < group.last; ++i) {
+                const float* from = change.data() + (i - group.first) * step.hidden;
+                float* to = state.data() + visit(i, part).token * whole(step.hidden);
+                for (int64_t r = rows.first; r < rows.last; ++r) to[r] += visit(i, part).weight * from[r];
+            }
+        }
+    }
+
+    static const Routes::Visit& visit(int64_t i, const Part& part) {
+        return part.own.routes.visits[static_cast<std::size_t>(i)];
     }
 
     // This thread's heads: of all those of all tokens, which it takes one after the other, its part by the keys that
@@ -210,7 +307,7 @@ class Walk {
     const LlmquantStep& step;
     const DecodeKernels& decode;
     const LinearKernels& linear;
-    Vector state, change, q, k, v, attended, gate, up;
+    Vector state, change, q, k, v, attended, gate, up, scores;
     std::vector<Own> own;
     Meeting meeting;
     int64_t work = 0;  // of attention: keys, for each head

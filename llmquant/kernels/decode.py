@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from llmquant.kernels.layout import KINDS, Packed
 from llmquant.native import Library
 from llmquant.scheme import Scheme
 
-LINEARS = ("q", "k", "v", "out", "gate", "up", "down")
+ATTENTION, FEED_FORWARD = ("q", "k", "v", "out"), ("gate", "up", "down")
+LINEARS = (*ATTENTION, *FEED_FORWARD)
 GAINS = ("attention_gain", "mlp_gain", "q_gain", "k_gain")
 HEAD_MULTIPLE = 16  # the width of a head is one of it
 
@@ -31,10 +32,26 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Experts, all of one shape, each with the linears of FEED_FORWARD in their order.
+
+    Attributes:
+        router: [experts, hidden], of the gains' dtype; a token goes to the `chosen` experts that it scores highest.
+        normalized: their weights are the softmax of their scores alone, and not of all.
+    """
+
+    router: Tensor
+    experts: tuple[tuple[Weight, ...], ...]
+    chosen: int
+    normalized: bool
+
+
+@dataclass(frozen=True)
 class Block:
     """A decoder layer: `linears` are those of LINEARS in their order, the gains those of its norms, [hidden].
 
-    `q_gain` and `k_gain`, [head_width], are of norms of each head before it is rotated, where there are such.
+    `q_gain` and `k_gain`, [head_width], are of norms of each head before it is rotated, where there are such. A layer
+    with a mixture has the linears of ATTENTION alone.
     """
 
     linears: tuple[Weight, ...]
@@ -42,6 +59,7 @@ class Block:
     mlp_gain: Tensor
     q_gain: Tensor | None = None
     k_gain: Tensor | None = None
+    mixture: Mixture | None = field(default=None, kw_only=True)
 
 
 class Buffers:
@@ -68,11 +86,22 @@ class Place(NamedTuple):
     sines: Tensor
 
 
+class _Mixture(ctypes.Structure):
+    """`LlmquantMixture`."""
+
+    _fields_ = [
+        ("router", ctypes.c_void_p),
+        ("experts", ctypes.POINTER(Task)),
+        *((name, ctypes.c_int64) for name in ("count", "chosen", "normalized")),
+    ]
+
+
 class _Layer(ctypes.Structure):
     """`LlmquantLayer`."""
 
     _fields_ = [
         *((name, Task) for name in LINEARS),
+        ("mixture", _Mixture),
         *((name, ctypes.c_void_p) for name in GAINS),
     ]
 
@@ -115,17 +144,19 @@ class Steps:
         scale: float,
         level: int = 0,
     ) -> None:
-        q, k, *_, down = blocks[0].linears
+        q, k, *_ = blocks[0].linears
+        dense = [block.linears[-1].n for block in blocks if block.mixture is None]
         self.head_width, self.kv_heads = head_width, k.m // head_width
         self._function = library.functions.llmquant_decode
-        self._held = blocks, final_gain  # the structures below only point to their tensors
-        self._layers = (_Layer * len(blocks))(*map(_layer, blocks))
+        layers = list(map(_layer, blocks))
+        self._held = blocks, final_gain, layers  # the structures below only point to their tensors and experts
+        self._layers = (_Layer * len(blocks))(*layers)
         self._step = _Step(
             layers=self._layers,
             final_gain=final_gain.data_ptr(),
             layer_count=len(blocks),
             hidden=len(final_gain),
-            ffn=down.n,
+            ffn=dense[0] if dense else 0,
             heads=q.m // head_width,
             kv_heads=self.kv_heads,
             head_width=head_width,
@@ -157,9 +188,22 @@ def _sequence(place: Place) -> _Sequence:
 
 
 def _layer(block: Block) -> _Layer:
-    tasks = {
-        name: Task(**weight_fields(weight.panels, weight.bias, weight.m, weight.n, weight.scheme, weight.planes))
-        for name, weight in zip(LINEARS, block.linears, strict=True)
-    }
+    tasks = dict(zip(LINEARS, map(_task, block.linears), strict=False))
     gains = {name: gain.data_ptr() for name in GAINS if (gain := getattr(block, name)) is not None}
-    return _Layer(**tasks, **gains)
+    mixture = {} if block.mixture is None else {"mixture": _mixture(block.mixture)}
+    return _Layer(**tasks, **gains, **mixture)
+
+
+def _mixture(mixture: Mixture) -> _Mixture:
+    tasks = [_task(weight) for expert in mixture.experts for weight in expert]
+    return _Mixture(
+        router=mixture.router.data_ptr(),
+        experts=(Task * len(tasks))(*tasks),
+        count=len(mixture.experts),
+        chosen=mixture.chosen,
+        normalized=mixture.normalized,
+    )
+
+
+def _task(weight: Weight) -> Task:
+    return Task(**weight_fields(weight.panels, weight.bias, weight.m, weight.n, weight.scheme, weight.planes))

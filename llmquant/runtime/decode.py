@@ -1,11 +1,11 @@
-"""Single tokens by the native library, inside of a transformers model of the Llama family.
+"""Single tokens by the native library, inside of a transformers model of the Llama family or a mixture of experts.
 
 Prompts, batches, sampling and whatever else is not one more token of one sequence stay with transformers. So does the
 cache: it remains a `DynamicCache`, whose tensors become views of buffers that have room to grow. `next_logits` takes
 one more token of several sequences at once, each with a cache of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from threading import Lock
@@ -16,22 +16,23 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from llmquant.kernels import ops  # noqa: F401  (defines torch.ops.llmquant)
 from llmquant.kernels.cpu import PLANES
-from llmquant.kernels.decode import HEAD_MULTIPLE, Block, Buffers, Place, Steps, Weight
+from llmquant.kernels.decode import HEAD_MULTIPLE, Block, Buffers, Mixture, Place, Steps, Weight
 from llmquant.kernels.layout import KINDS
+from llmquant.model.experts import Experts
 from llmquant.native import Library, find_library
 from llmquant.runtime.linear import QuantLinear
 
 # Whose layers are those of csrc/cpu/decode.h, with the modules below in them.
-FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+MIXTURES = ("MixtralModel", "Qwen3MoeModel")
+FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", *MIXTURES)
 CAUSAL = tuple(name.replace("Model", "ForCausalLM") for name in FAMILIES)  # nothing comes after their heads
-LINEARS = (
-    *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-    *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
-)
+ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+ROUTERS = ("MixtralTopKRouter", "Qwen3MoeTopKRouter")
+UNSERVED = ("output_attentions", "output_hidden_states", "output_router_logits")  # what only transformers tells
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("q_norm", "k_norm")  # in self_attn, where there are such
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # that depend on the position alone
@@ -92,7 +93,6 @@ class Decoder:
         self._steps: Steps | None = None
         self._state: tuple[Any, ...] = ()
         self._modules: list[_Module] = []
-        self._linears: list[QuantLinear] = []  # that stand there
         self._rotation: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self._rooms: WeakKeyDictionary[DynamicCache, _Room] = WeakKeyDictionary()
         self._one = Lock()  # the native steps are one call's at a time
@@ -113,7 +113,8 @@ class Decoder:
                     position = before if positions is None else int(positions.reshape(-1)[-1])
                     states = self._take(kwargs["input_ids"].reshape(1), [_Token(cache, before, position)])
                     result: dict[str, Any] = {"last_hidden_state": states.unsqueeze(0), CACHE: cache}
-                    return BaseModelOutputWithPast(**result)
+                    mixture = type(self._base).__name__ in MIXTURES
+                    return MoeModelOutputWithPast(**result) if mixture else BaseModelOutputWithPast(**result)
         return self._forward(self._base, *args, **kwargs)
 
     def together(self, ids: Tensor, caches: Sequence[Any]) -> Tensor | None:
@@ -137,8 +138,7 @@ class Decoder:
             return False
         if mask is not None and (isinstance(mask, dict) or mask.dim() != 2 or not bool(mask.all())):
             return False
-        wanted = ("output_attentions", "output_hidden_states")
-        if any(asked.get(name) or getattr(config, name, False) for name in wanted):
+        if any(asked.get(name) or getattr(config, name, False) for name in UNSERVED):
             return False
         return asked.get("inputs_embeds") is None and self._ready()
 
@@ -154,7 +154,6 @@ class Decoder:
         """Whether the native steps are those of the model as it is now."""
         if self._now() != self._state or not _stand(self._modules):
             self._modules = list(_modules(self._base))
-            self._linears = [place.module for place in self._modules if isinstance(place.module, QuantLinear)]
             free = _stand(self._modules)
             self._steps = self._build() if free else None
             self._state = self._now() if free else ()  # who listens may leave: look again
@@ -163,24 +162,22 @@ class Decoder:
     def _now(self) -> tuple[Any, ...]:
         """What changes when the tensors that the native steps point to, or how they compute, do."""
         norm = self._base.norm.weight
-        return norm.data_ptr(), norm.dtype, QuantLinear.changes, *[linear.precision for linear in self._linears]
+        return norm.data_ptr(), norm.dtype, QuantLinear.changes
 
     def _build(self) -> Steps | None:
         """None where a module is not one that the native steps know."""
         base, library = self._base, find_library()
         dtype = base.norm.weight.dtype
         layers = list(base.layers)
-        linears = [[getattr(getattr(layer, owner), name) for owner, name in LINEARS] for layer in layers]
-        gains = [[*_gains(layer)] for layer in layers]
-        known = [isinstance(linear, QuantLinear) and linear.order is None for linear in chain(*linears)]
-        if not isinstance(library, Library) or not all(known):
+        linears = [linear for layer in layers for linear in chain(*_linears(layer))]
+        dense = [base.norm.weight, *(weight for layer in layers for weight in (*_gains(layer), *_routers(layer)))]
+        known = [isinstance(linear, QuantLinear) and linear.order is None for linear in linears]
+        if not isinstance(library, Library) or not all(known) or dtype not in KINDS:
             return None
-        if dtype not in KINDS or any(
-            g.dtype != dtype or g.device.type != "cpu" for g in chain([base.norm.weight], *gains)
-        ):
+        if any(weight.dtype != dtype or weight.device.type != "cpu" for weight in dense):
             return None
         self._rooms.clear()
-        blocks = [Block(tuple(map(_weight, row)), *own) for row, own in zip(linears, gains, strict=True)]
+        blocks = list(map(_block, layers))
         attention = layers[0].self_attn
         eps, scale = base.norm.variance_epsilon, attention.scaling
         return Steps(library, blocks, base.norm.weight, head_width=attention.head_dim, eps=eps, scale=scale)
@@ -260,12 +257,48 @@ def _modules(base: Any) -> Iterator[_Module]:
         yield _Module(base.layers._modules, index, layer)
         for name in NORMS:
             yield _Module(layer._modules, name, layer._modules[name])
-        for owner in dict.fromkeys(owner for owner, _ in LINEARS):
+        for owner in ("self_attn", "mlp"):
             yield _Module(layer._modules, owner, layer._modules[owner])
-        heads = [("self_attn", name) for name in HEAD_NORMS if name in layer._modules["self_attn"]._modules]
-        for owner, name in (*LINEARS, *heads):
-            inner = layer._modules[owner]
-            yield _Module(inner._modules, name, inner._modules[name])
+        attention, block = layer.self_attn, layer.mlp
+        yield from _named(attention, (*ATTENTION, *(name for name in HEAD_NORMS if name in attention._modules)))
+        if not _is_mixture(layer):
+            yield from _named(block, FEED_FORWARD)
+            continue
+        yield from _named(block, ("gate", "experts"))
+        for number, expert in block.experts._modules.items():
+            yield _Module(block.experts._modules, number, expert)
+            yield from _named(expert, FEED_FORWARD)
+
+
+def _named(owner: Any, names: Iterable[str]) -> Iterator[_Module]:
+    for name in names:
+        yield _Module(owner._modules, name, owner._modules[name])
+
+
+def _is_mixture(layer: Any) -> bool:
+    """Whether experts stand in its feed-forward block, which a router that we know sends tokens to."""
+    return isinstance(getattr(layer.mlp, "experts", None), Experts) and type(layer.mlp.gate).__name__ in ROUTERS
+
+
+def _linears(layer: Any) -> tuple[list[Any], ...]:
+    """Those of its attention and its feed-forward block, or of each expert, in the order of `Block` and `Mixture`."""
+    blocks = layer.mlp.experts if _is_mixture(layer) else [layer.mlp]
+    attention = [getattr(layer.self_attn, name) for name in ATTENTION]
+    return attention, *([getattr(block, name) for name in FEED_FORWARD] for block in blocks)
+
+
+def _routers(layer: Any) -> list[Tensor]:
+    return [layer.mlp.gate.weight] if _is_mixture(layer) else []
+
+
+def _block(layer: Any) -> Block:
+    attention, *feed_forward = (tuple(map(_weight, linears)) for linears in _linears(layer))
+    if not _is_mixture(layer):
+        return Block((*attention, *feed_forward[0]), *_gains(layer))
+    router = layer.mlp.gate
+    normalized = getattr(router, "norm_topk_prob", True)  # of Mixtral they always are
+    mixture = Mixture(router.weight, tuple(feed_forward), router.top_k, normalized)
+    return Block(attention, *_gains(layer), mixture=mixture)
 
 
 def _gains(layer: Any) -> Iterator[Tensor]:

@@ -35,7 +35,8 @@ class QuantLinear(nn.Module):
         order: int64 [n], the feature of x that each column of the codes multiplies; None where they are in place.
         bias: [m], or None.
         precision: of the activations on the CPU, "exact" or "int8"; see `kernels.cpu`.
-        changes: counts, for all of them, how often a weight was replaced: what points to one has to look again.
+        changes: counts, for all of them, how often a weight or a precision was replaced: what knows one has to look
+            again.
     """
 
     changes: ClassVar[int] = 0
@@ -59,7 +60,7 @@ class QuantLinear(nn.Module):
         self.out_features = m
         self.scheme = scheme
         self.stored = stored or Stored(FORMATS["compressed-tensors"], scheme, panels.scales.dtype)
-        self.precision = "exact"
+        self._precision = "exact"
         for name, buffer in panels._asdict().items():
             self.register_buffer(name, buffer)
         self.register_buffer("order", order)
@@ -82,6 +83,15 @@ class QuantLinear(nn.Module):
         return linear
 
     @property
+    def precision(self) -> str:
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        self._precision = precision
+        QuantLinear.changes += 1
+
+    @property
     def packed(self) -> Packed:
         return Packed(self.codes, self.scales, self.zeros)
 
@@ -95,7 +105,7 @@ class QuantLinear(nn.Module):
             x = x.index_select(-1, order)
         weight = held["codes"], held["scales"], held["zeros"], self._parameters["bias"], self.out_features
         try:
-            return W4_LINEAR(x, *weight, self.scheme.bits, self.scheme.group_size, PLANES[self.precision])
+            return W4_LINEAR(x, *weight, self.scheme.bits, self.scheme.group_size, PLANES[self._precision])
         except RuntimeError as error:
             raise ops.as_raised(error) from None
 

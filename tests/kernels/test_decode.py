@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from llmquant.kernels import ops  # noqa: F401  (registers the operators)
 from llmquant.kernels.cpu import Native
-from llmquant.kernels.decode import LINEARS, Block, Buffers, Place, Steps
+from llmquant.kernels.decode import ATTENTION, FEED_FORWARD, LINEARS, Block, Buffers, Mixture, Place, Steps
 from llmquant.kernels.decode import Weight as Operand
 from llmquant.native import LIBRARY, Library
 from llmquant.scheme import Scheme
@@ -36,6 +36,8 @@ class Model(NamedTuple):
     biases: list[dict[str, Tensor | None]]
     gains: list[Tensor]
     head_gains: list[Tensor]  # of the queries' and the keys' heads in each layer; or none at all
+    experts: list[list[dict[str, Weight]]]  # of each layer, in the place of gate, up and down; or none at all
+    mixtures: list[Mixture | None]
     heads: int
     kv_heads: int
     width: int
@@ -63,7 +65,15 @@ class Model(NamedTuple):
             weights = (k @ q.unsqueeze(2) * self.width**-0.5).softmax(1)
             state = state + apply("out", (v * weights).sum(1).reshape(-1))
             m = norm(state, self.gains[2 * i + 1])
-            state = state + apply("down", F.silu(apply("gate", m)) * apply("up", m))
+            if (mixture := self.mixtures[i]) is None:
+                state = state + apply("down", F.silu(apply("gate", m)) * apply("up", m))
+                continue
+            shares, numbers = (mixture.router.double() @ m).softmax(0).topk(mixture.chosen)
+            shares = shares / shares.sum() if mixture.normalized else shares
+            for share, number in zip(shares, numbers, strict=True):
+                expert = self.experts[i][int(number)]
+                gate, up = (expert[name].real @ m for name in ("gate", "up"))
+                state = state + share * (expert["down"].real @ (F.silu(gate) * up))
         return norm(state, self.gains[-1])
 
 
@@ -85,29 +95,52 @@ def model(
     planes: int = 2,
     biased: bool = True,
     head_norms: bool = False,
+    experts: int = 0,
+    chosen: int = 2,
+    normalized: bool = True,
+    dense: int = 0,
 ) -> Model:
-    """`schemes` go around the linears, so that some of those that share an input differ."""
+    """`schemes` go around the linears, so that some of those that share an input differ. `dense` has no `experts`."""
     inner, kv = heads * width, kv_heads * width
     shapes = ((inner, hidden), (kv, hidden), (kv, hidden), (hidden, inner), (ffn, hidden), (ffn, hidden), (hidden, ffn))
     generator = torch.Generator().manual_seed(hidden)
-    weights, biases, blocks = [], [], []
+    weights, biases, blocks, mixtures = [], [], [], list[Mixture | None]()
+    every: list[list[dict[str, Weight]]] = []
     gains = [torch.rand(hidden, generator=generator).add(0.5).to(kind) for _ in range(2 * layers + 1)]
     heads_too = 2 * layers if head_norms else 0
     head_gains = [torch.rand(width, generator=generator).add(0.5).to(kind) for _ in range(heads_too)]
     for i in range(layers):
+        mixed = experts > 0 and (not dense or i != dense)
+        every.append(
+            [
+                {
+                    name: weight(schemes[(e + j) % len(schemes)], m, n, seed=100 * i + 3 * e + j)
+                    for j, (name, (m, n)) in enumerate(zip(FEED_FORWARD, shapes[4:], strict=True))
+                }
+                for e in range(experts if mixed else 0)
+            ]
+        )
         made = {
             name: weight(schemes[j % len(schemes)], m, n, seed=7 * i + j)
-            for j, (name, (m, n)) in enumerate(zip(LINEARS, shapes, strict=True))
+            for j, (name, (m, n)) in enumerate(zip(ATTENTION if mixed else LINEARS, shapes, strict=False))
         }
+        if mixed:
+            router = torch.randn(experts, hidden, generator=generator).to(kind)
+            packed = [
+                tuple(Operand(w.panels, None, *w.real.shape, w.scheme, planes) for w in expert.values())
+                for expert in every[-1]
+            ]
+        mixtures.append(Mixture(router, tuple(packed), chosen, normalized) if mixed else None)
         bias = {
             name: torch.randn(len(w.real), generator=generator).to(kind) if biased else None for name, w in made.items()
         }
         operands = [Operand(w.panels, bias[name], *w.real.shape, w.scheme, planes) for name, w in made.items()]
-        blocks.append(Block(tuple(operands), *gains[2 * i : 2 * i + 2], *head_gains[2 * i : 2 * i + 2]))
+        own = *gains[2 * i : 2 * i + 2], *head_gains[2 * i : 2 * i + 2]
+        blocks.append(Block(tuple(operands), *own, mixture=mixtures[-1]))
         weights.append(made)
         biases.append(bias)
     steps = Steps(LIBRARY_IN_USE, blocks, gains[-1], head_width=width, eps=1e-5, scale=width**-0.5, level=level)
-    return Model(weights, biases, gains, head_gains, heads, kv_heads, width, steps)
+    return Model(weights, biases, gains, head_gains, every, mixtures, heads, kv_heads, width, steps)
 
 
 def rotation(width: int, position: int) -> tuple[Tensor, Tensor]:
@@ -154,6 +187,40 @@ def test_heads_that_share_a_key(level: int, shared: int) -> None:
     assert max(compare(made, torch.float32, 40, 19, tokens=2)) < BOUND[torch.float32]
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"experts": 5},
+        {"experts": 9, "chosen": 4, "normalized": False, "head_norms": True},
+        {"experts": 4, "chosen": 1, "ffn": 23, "layers": 3, "dense": 1},
+        {"experts": 3, "chosen": 3, "normalized": False, "hidden": 33},
+    ],
+    ids=["two of five", "weights of all", "one of four, and a dense layer", "all of three"],
+)
+def test_tokens_go_to_their_experts(level: int, kind: torch.dtype, mixture: dict[str, int]) -> None:
+    made = model(kind, level, **{"biased": False} | mixture)
+    assert max(compare(made, kind, mixture.get("hidden", 40), 21, tokens=4)) < BOUND[kind]
+
+
+def test_of_equal_experts_the_first_ones_are_chosen() -> None:
+    made = model(torch.float32, 0, experts=6, chosen=2, layers=1)
+    (mixture,) = made.mixtures
+    assert mixture is not None
+    mixture.router.copy_(mixture.router[:1].expand(6, -1))
+    room, (cosines, sines) = Buffers(*[[torch.ones(2, 8, 16)] for _ in range(2)]), rotation(16, 5)
+    states = []
+    for number in (0, 1, 5):  # only what is chosen counts
+        for panels in mixture.experts[number][2].panels[:2]:
+            panels.zero_()
+        state = torch.linspace(-1, 1, 40)
+        made.steps.take(state, [Place(room, 5, cosines, sines)])
+        states.append(state)
+    assert not torch.equal(states[0], states[1])
+    assert torch.equal(states[1], states[2])
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     level=st.sampled_from(LEVELS),
@@ -188,9 +255,10 @@ def test_eight_bits_of_an_activation_err_more() -> None:
     assert 10 * errors[1] < errors[0] < 0.05
 
 
-def test_threads_do_not_change_the_result() -> None:
+@pytest.mark.parametrize("experts", [0, 5])
+def test_threads_do_not_change_the_result(experts: int) -> None:
     threads, states = torch.get_num_threads(), []
-    made = model(torch.float32, 0)
+    made = model(torch.float32, 0, experts=experts)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -221,6 +289,7 @@ def test_no_room_is_an_error() -> None:
     planes=st.sampled_from([1, 2]),
     threads=st.integers(1, 3),
     scheme=st.sampled_from([Scheme(4, 32), Scheme(4, -1), Scheme(8, 64), Scheme(4, 128, symmetric=False)]),
+    experts=st.sampled_from([0, 3, 7]),
 )
 def test_sequences_do_not_see_each_other(
     level: int,
@@ -231,9 +300,10 @@ def test_sequences_do_not_see_each_other(
     planes: int,
     threads: int,
     scheme: Scheme,
+    experts: int,
 ) -> None:
     """Together each has the bits that it has alone, in its state and in what is written of it; the rest stays."""
-    made = model(kind, level, hidden=hidden, ffn=ffn, schemes=(scheme,), planes=planes)
+    made = model(kind, level, hidden=hidden, ffn=ffn, schemes=(scheme,), planes=planes, experts=experts)
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     alone, together = torch.randn(2, len(lengths), hidden, generator=generator).to(kind)
     together.copy_(alone)

@@ -92,9 +92,52 @@ def test_tokens_are_those_of_transformers(packed: Callable[..., Path], taken: li
         assert torch.allclose(layer.values, other.values, **CLOSE)
 
 
-@pytest.mark.parametrize("arch", ["mistral", "gemma2", "opt"])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+def test_tokens_of_mixtures_are_those_of_transformers(packed: Callable[..., Path], taken: list[int], arch: str) -> None:
+    """Of both the same experts: one more token each time after the same cache, as a tie may be settled otherwise."""
+    a, b = load(packed(arch), torch.float32), without_steps(load(packed(arch), torch.float32))
+    _, cache = tokens(b, 1)
+    errors = []
+    for i in range(100):
+        own = copy.deepcopy(cache)
+        found = a(torch.tensor([[30 + i]]), **{CACHE: own})
+        expected = b(torch.tensor([[30 + i]]), **{CACHE: cache})
+        errors.append(float((found.logits - expected.logits).abs().max()))
+        assert type(found) is type(expected)
+    assert taken == list(range(21, 121))
+    assert sum(error < CLOSE["atol"] for error in errors) >= 97
+    assert torch.equal(
+        next_logits(a, [7], [copy.deepcopy(cache)])[0], a(torch.tensor([[7]]), **{CACHE: cache}).logits[0, 0]
+    )
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
+def test_who_listens_to_a_mixture_is_heard(packed: Callable[..., Path], taken: list[int], arch: str) -> None:
+    model, calls = load(packed(arch), torch.float32), []
+    _, cache = tokens(model, 1)
+    block = model.model.layers[1].mlp
+    for module in (block.gate, block.experts, block.experts[2], block.experts[1].down_proj):
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        for i in range(40):  # some of them go to the expert
+            model(torch.tensor([[30 + i]]), **{CACHE: cache})
+        handle.remove()
+        assert calls != []
+        calls.clear()
+    assert taken == [20]
+    asked = model(torch.tensor([[7]]), output_router_logits=True, **{CACHE: cache})
+    assert len(asked.router_logits) == 2
+    assert taken == [20]
+
+
+def test_experts_that_are_not_packed_are_left_to_transformers(packed: Callable[..., Path], taken: list[int]) -> None:
+    kept = (Override(match=r"re:.*\.layers\.1\.mlp\.experts\..*", skip=True),)
+    tokens(load(packed("qwen3_moe", "kept", overrides=kept), torch.float32), 2)
+    assert taken == []
+
+
+@pytest.mark.parametrize("arch", ["mistral", "gemma2", "opt", "qwen2_moe", "olmoe", "deepseek_v3"])
 def test_other_families_are_left_to_transformers(packed: Callable[..., Path], taken: list[int], arch: str) -> None:
-    """Sliding windows, other norms and activations."""
+    """Sliding windows, other norms and activations, other mixtures."""
     logits, _ = tokens(load(packed(arch), torch.float32), 2)
     assert taken == []
     assert logits.isfinite().all()
@@ -278,13 +321,15 @@ def together(model: Any, caches: list[Any], steps: int) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize(
+    ("precision", "arch"), [("exact", "llama"), ("int8", "llama"), ("exact", "mixtral"), ("int8", "qwen3_moe")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", COUNTS)
 def test_each_sequence_is_given_what_it_is_given_alone(
-    packed: Callable[..., Path], taken: list[int], count: int, dtype: torch.dtype, precision: str
+    packed: Callable[..., Path], taken: list[int], count: int, dtype: torch.dtype, precision: str, arch: str
 ) -> None:
-    model = load(packed(), dtype, precision)
+    model = load(packed(arch), dtype, precision)
     logits, caches = together(model, found := started(model, count), 3), started(model, count)
     taken.clear()
     for i, cache in enumerate(caches):
