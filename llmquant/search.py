@@ -29,6 +29,7 @@ from llmquant.evaluate.protocol import Request
 from llmquant.evaluate.run import cut_for
 from llmquant.evaluate.text import Source
 from llmquant.manifest import ATTEMPTS, MANIFEST, RECIPE
+from llmquant.model.experts import has_experts
 from llmquant.observer import Observer
 from llmquant.pipeline import Options, open_plan, quantize
 from llmquant.plan import Plan, stored_bits
@@ -145,6 +146,11 @@ class Search:
         """The first that keeps the bound."""
         best = self.best
         return best if best is not None and (best.increase or 0.0) <= self._target.max_increase else None
+
+    @property
+    def experts(self) -> bool:
+        """Whether the model is a mixture of experts, whose losses are not measured one by one."""
+        return has_experts(self._shell.model)
 
     def mixtures(self, recipe: Recipe) -> Iterator[tuple[float, Recipe]]:
         """Bits per weight, and the recipe that is predicted to lose least with them; the model is measured once."""
@@ -289,7 +295,11 @@ def climb(found: Search, recipe: Recipe) -> Iterator[Attempt]:
             made = found.attempt(name, wanted)
             base = min(base, made, key=lambda attempt: math.inf if attempt.increase is None else attempt.increase)
             yield made
-    for bits, wanted in found.mixtures(Recipe.from_dict(base.recipe)):
+    best = Recipe.from_dict(base.recipe)
+    if found.experts:
+        yield found.attempt("8 bits", best.model_copy(update={"scheme": replace(best.scheme, bits=8)}))
+        return
+    for bits, wanted in found.mixtures(best):
         yield found.attempt(f"mixed precision of {bits:.2f} bits", wanted)
 
 

@@ -84,6 +84,17 @@ def test_one_that_cannot_be_met_keeps_the_best_and_a_later_search_goes_on(
     verify_checkpoint(out)
 
 
+def test_mixtures_of_experts_end_with_8_bits(make_checkpoint, text: Path, tmp_path: Path) -> None:
+    """Their losses are not measured one by one, so that there is no mixed precision to climb on to."""
+    seen: list[Attempt] = []
+    target = Target(-1.0, Source(text), 4)
+    search(str(make_checkpoint(arch="mixtral")), tmp_path / "out", RTN, Options(), target, Silent(), seen.append)
+    assert [attempt.name for attempt in seen] == ["as asked", "groups of 32", "the best of all methods", "8 bits"]
+    assert seen[-1].bits_per_weight == 8.5
+    assert seen[-1].increase == min(attempt.increase for attempt in seen)
+    verify_checkpoint(tmp_path / "out")
+
+
 class StopIn(Silent):
     """Stops the search from inside its n-th attempt, as a kill would from outside."""
 

@@ -64,15 +64,20 @@ class Experts(nn.ModuleList):
     """The experts of a layer, in the place and with the interface of transformers' module."""
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """x [tokens, hidden] to [tokens, hidden]; `index` and `weights` [tokens, k] say by which experts."""
+        """x [tokens, hidden] to [tokens, hidden]; `index` and `weights` [tokens, k] say by which experts.
+
+        Raises ValueError for other shapes, which a family may have that we do not know.
+        """
+        _check(x, index, weights)
         out = torch.zeros_like(x)
         for expert, (tokens, places) in zip(self, chosen(index, len(self)), strict=True):
             if len(tokens):
                 out.index_add_(0, tokens, (expert(x[tokens]) * weights[tokens, places, None]).to(out.dtype))
         return out
 
-    def everywhere(self, x: Tensor, _index: Tensor, _weights: Tensor) -> Tensor:
+    def everywhere(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """All experts for all tokens, each from a copy of `x` of its own: no shape depends on a value."""
+        _check(x, index, weights)
         out = torch.zeros_like(x)
         for expert in self:
             out = out + expert(x.clone())
@@ -86,6 +91,7 @@ class CalibratedExperts(Experts):
     """
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        _check(x, index, weights)
         out = torch.zeros_like(x)
         everyone, step = torch.arange(len(x), device=x.device), max(1, len(self) // index.shape[1])
         for number, (tokens, places) in enumerate(chosen(index, len(self))):
@@ -95,6 +101,12 @@ class CalibratedExperts(Experts):
             y = expert.down_proj(_marked(inner, routed))[: routed.chosen]
             out.index_add_(0, tokens, (y * weights[tokens, places, None]).to(out.dtype))
         return out
+
+
+def _check(x: Tensor, index: Tensor, weights: Tensor) -> None:
+    if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or len(index) != len(x):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, index, weights))
+        raise ValueError(f"experts: {shapes} are no tokens, their experts and their weights")
 
 
 def _marked(x: Tensor, routed: Routed) -> Tensor:

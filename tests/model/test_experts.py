@@ -121,6 +121,16 @@ def test_gradients_reach_the_experts_that_were_chosen(experts: CalibratedExperts
     assert bool(x.grad.abs().sum(1).all())
 
 
+def test_other_shapes_are_refused(experts: CalibratedExperts) -> None:
+    plain = copy.deepcopy(experts)
+    without_guests(plain)
+    x, (index, weights) = torch.randn(20, 64), route(20)
+    for call in (plain, experts, plain.everywhere):
+        for given in ((x[None], index, weights), (x, index.T, weights.T), (x, index, weights[:, :1])):
+            with pytest.raises(ValueError, match=r"experts: .* are no tokens, their experts and their weights"):
+                call(*given)
+
+
 def test_a_gate_of_another_kind_is_refused() -> None:
     model = random_model(Spec(arch="qwen3_moe"))
 

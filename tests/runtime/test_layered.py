@@ -13,7 +13,7 @@ from llmquant.runtime.loader import load
 
 RTN = Recipe.from_dict({"method": "rtn", "scheme": {"group_size": 32}})
 IDS = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 17, 40)]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt_neox"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt_neox", "mixtral", "qwen3_moe"]
 
 
 def whole(directory: Path) -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def test_original(make_checkpoint, arch: str):
     assert same(make_checkpoint(arch=arch))
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "opt", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "opt", "phi3", "deepseek_v3"])
 def test_packed(make_checkpoint, tmp_path: Path, arch: str):
     quantize(make_checkpoint(arch=arch, tied=1), tmp_path / "out", RTN)
     assert same(tmp_path / "out")
