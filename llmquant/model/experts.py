@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.errors import ArchitectureError
+from llmquant.model.noted import Noted
 
 GUEST_WEIGHT = 1 / 16  # of a token's share in the Hessian; there are as many guests as there would be even shares
 
@@ -39,7 +40,7 @@ class Routed(NamedTuple):
     chosen: int
 
 
-class Expert(nn.Module):
+class Expert(Noted):
     """A gated feed-forward block."""
 
     def __init__(self, hidden: int, inner: int, act_fn: Any, like: Tensor) -> None:
@@ -60,7 +61,7 @@ class Expert(nn.Module):
         return y
 
 
-class Experts(nn.ModuleList):
+class Experts(Noted, nn.ModuleList):
     """The experts of a layer, in the place and with the interface of transformers' module."""
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def _watch(model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTenso
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            module.forward = module.everywhere  # type: ignore[assignment, method-assign]
+            module.forward = module.everywhere  # type: ignore[method-assign]
         if isinstance(module, nn.Linear | Experts) or type(module).__name__.endswith("Norm"):
             hook = lambda module, args, kwargs, out, name=name: record(name, module, args, kwargs, out)  # noqa: E731
             handles.append(module.register_forward_hook(hook, with_kwargs=True))

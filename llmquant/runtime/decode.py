@@ -23,6 +23,7 @@ from llmquant.kernels.cpu import PLANES
 from llmquant.kernels.decode import HEAD_MULTIPLE, Block, Buffers, Mixture, Place, Steps, Weight
 from llmquant.kernels.layout import KINDS
 from llmquant.model.experts import Experts
+from llmquant.model.noted import Noted
 from llmquant.native import Library, find_library
 from llmquant.runtime.linear import QuantLinear
 
@@ -66,6 +67,7 @@ class _Module(NamedTuple):
     modules: dict[str, nn.Module | None]
     name: str
     module: nn.Module
+    noted: bool = False  # `Noted.changes` says that it was replaced, or is listened to
 
 
 class _Token(NamedTuple):
@@ -92,7 +94,7 @@ class Decoder:
         self._forward = type(base).forward
         self._steps: Steps | None = None
         self._state: tuple[Any, ...] = ()
-        self._modules: list[_Module] = []
+        self._near: list[_Module] = []  # modules to be looked at for each token
         self._rotation: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self._rooms: WeakKeyDictionary[DynamicCache, _Room] = WeakKeyDictionary()
         self._one = Lock()  # the native steps are one call's at a time
@@ -152,9 +154,10 @@ class Decoder:
 
     def _ready(self) -> bool:
         """Whether the native steps are those of the model as it is now."""
-        if self._now() != self._state or not _stand(self._modules):
-            self._modules = list(_modules(self._base))
-            free = _stand(self._modules)
+        if self._now() != self._state or not _stand(self._near):
+            modules = list(_modules(self._base))
+            self._near = [place for place in modules if not place.noted]
+            free = _stand(modules)
             self._steps = self._build() if free else None
             self._state = self._now() if free else ()  # who listens may leave: look again
         return self._steps is not None
@@ -162,7 +165,7 @@ class Decoder:
     def _now(self) -> tuple[Any, ...]:
         """What changes when the tensors that the native steps point to, or how they compute, do."""
         norm = self._base.norm.weight
-        return norm.data_ptr(), norm.dtype, QuantLinear.changes
+        return norm.data_ptr(), norm.dtype, Noted.changes
 
     def _build(self) -> Steps | None:
         """None where a module is not one that the native steps know."""
@@ -240,7 +243,7 @@ def _copied(states: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _stand(modules: list[_Module]) -> bool:
     """Whether each is where it was, and nobody listens to it; otherwise transformers has to be called."""
-    for place, name, module in modules:  # every token passes here: 0.1 us each
+    for place, name, module, _ in modules:  # every token passes here: 0.1 us each
         if place.get(name) is not module or _is_heard(module):
             return False
     return True
@@ -266,13 +269,13 @@ def _modules(base: Any) -> Iterator[_Module]:
             continue
         yield from _named(block, ("gate", "experts"))
         for number, expert in block.experts._modules.items():
-            yield _Module(block.experts._modules, number, expert)
-            yield from _named(expert, FEED_FORWARD)
+            yield _Module(block.experts._modules, number, expert, noted=True)
+            yield from _named(expert, FEED_FORWARD, noted=True)
 
 
-def _named(owner: Any, names: Iterable[str]) -> Iterator[_Module]:
+def _named(owner: Any, names: Iterable[str], *, noted: bool = False) -> Iterator[_Module]:
     for name in names:
-        yield _Module(owner._modules, name, owner._modules[name])
+        yield _Module(owner._modules, name, owner._modules[name], noted)
 
 
 def _is_mixture(layer: Any) -> bool:

@@ -1,7 +1,7 @@
 """A linear layer that keeps its weight packed."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from llmquant.kernels import ops
 from llmquant.kernels.backends import Kernels, kernels_for
 from llmquant.kernels.cpu import PLANES
 from llmquant.kernels.layout import Packed
+from llmquant.model.noted import Noted
 from llmquant.scheme import Quantized, Scheme
 
 W4_LINEAR = torch.ops.llmquant.w4_linear.default
@@ -27,7 +28,7 @@ class Stored(NamedTuple):
         return self
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Noted):
     """y = x W^T + bias, with W [m, n] in integers; x [..., n] in bf16, fp16 or fp32 gives y [..., m] of the same.
 
     Attributes:
@@ -35,11 +36,10 @@ class QuantLinear(nn.Module):
         order: int64 [n], the feature of x that each column of the codes multiplies; None where they are in place.
         bias: [m], or None.
         precision: of the activations on the CPU, "exact" or "int8"; see `kernels.cpu`.
-        changes: counts, for all of them, how often a weight or a precision was replaced: what knows one has to look
-            again.
+
+    A weight or a precision that is replaced is a change that is noted.
     """
 
-    changes: ClassVar[int] = 0
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
@@ -89,7 +89,7 @@ class QuantLinear(nn.Module):
     @precision.setter
     def precision(self, precision: str) -> None:
         self._precision = precision
-        QuantLinear.changes += 1
+        Noted.changes += 1
 
     @property
     def packed(self) -> Packed:
@@ -128,7 +128,7 @@ class QuantLinear(nn.Module):
             q = Quantized(*(part.to(self.codes.device) for part in q))
         self.order = None if order is None else order.to(q.codes.device)
         self._hold(kernels_for(q.codes.device.type, self.scheme.bits).pack(q, self.scheme))
-        QuantLinear.changes += 1
+        Noted.changes += 1
         if self.bias is not None:
             self.bias.data.copy_(state_dict[f"{prefix}bias"])
 
@@ -145,7 +145,7 @@ class QuantLinear(nn.Module):
         self.scales = self.scales.to(scales.dtype) if scales.is_meta else scales.to(self.scales.device)
         if after == "cuda" != before != "meta":
             self._lay_out(before, after)
-        QuantLinear.changes += 1
+        Noted.changes += 1
         return self
 
     def _lay_out(self, before: str, after: str) -> None:
