@@ -37,22 +37,26 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     outside = sum(shell.model.get_parameter(name).numel() for name in _outside(shell, layout)) * (item + 2)
     streams = 2 if recipe.solver.correction or recipe.solver.train else 1
     widest = max(layout.shapes[group.linears[0]][1] for layer in layout.layers for group in layer.groups)
-    layer_bytes = max(_layer_bytes(layout, layer.groups, item, streams) for layer in layout.layers)
+    sizes = [_sizes(layout, layer.groups) for layer in layout.layers]
+    # The original stream needs weights of its own, but not of experts: it has passed them before they change.
+    layer_bytes = max(streams * item * dense + (item + SOLVED_BYTES) * experts for dense, experts in sizes)
     # Between layers each token is one state; inside one, the state and the input of the linear it stands before.
     one = tokens * shell.config.hidden_size * item
     spilled = one if streams == 2 and one >= SPILL_BYTES else 0
     state = streams * (one + tokens * widest * item) - spilled
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
-    memory = RUNTIME_BYTES + state + max(outside, layer_bytes + (solve if recipe.calibrated else layer_bytes))
+    rest = solve if recipe.calibrated else item * max(dense for dense, _ in sizes)
+    memory = RUNTIME_BYTES + state + max(outside, layer_bytes + rest)
     flops = sum(_layer_flops(layout, layer.groups, tokens, recipe, shell.config) for layer in layout.layers)
     return Estimate(int(memory), flops / _matrix_speed(shell.device), tokens, spilled)
 
 
-def _layer_bytes(layout: Layout, groups: tuple[Group, ...], item: int, streams: int) -> int:
-    """Its weights, twice where the original stream needs its own: it has passed experts before they change."""
-    sizes = [(group, sum(math.prod(layout.shapes[name]) for name in group.linears)) for group in groups]
-    experts = sum(size for group, size in sizes if group.expert)
-    return streams * item * (sum(size for _, size in sizes) - experts) + (item + SOLVED_BYTES) * experts
+def _sizes(layout: Layout, groups: tuple[Group, ...]) -> tuple[int, int]:
+    """Weights of a layer's linears, and those of its experts."""
+    sizes = [0, 0]
+    for group in groups:
+        sizes[group.expert] += sum(math.prod(layout.shapes[name]) for name in group.linears)
+    return sizes[0], sizes[1]
 
 
 def _outside(shell: Shell, layout: Layout) -> list[str]:

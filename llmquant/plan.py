@@ -196,10 +196,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         ),
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=cost,
-        all_linears=(
-            *layout.shapes,
-            *(shell.stored_prefix(name) for name in layout.routers if name not in layout.shapes),
-        ),
+        all_linears=(*layout.shapes, *_routers(shell, layout)),
     )
     quantization_config(plan)  # a layout may refuse the schemes together
     if max_memory is not None and plan.estimate.memory > max_memory:

@@ -162,7 +162,6 @@ class _Work:
         if moments is None or not self.judges(stack):
             return "gptq", {}
         if stack.expert and moments.held < FEWEST_HELD:
-            self.judged(moments)
             return "gptq", {}
         errors = self.compare(self.problem(stack, W, moments, fold), moments)
         return min(errors, key=errors.__getitem__), errors
@@ -195,6 +194,8 @@ class _Work:
             (moments.hold_out if i in held_out else moments.update)(x[:own], mask[:own], original)
             if guests and i not in held_out:
                 moments.lend(x[own:], mask[own:], GUEST_WEIGHT)
+        if stack.expert and moments.held < FEWEST_HELD:
+            self.judged(moments)
         return moments if moments.seen or not stack.expert else None
 
     def problem(self, stack: Stack, W: Tensor, moments: Moments | None, fold: NormFold | LinearFold | None) -> Problem:

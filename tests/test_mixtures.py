@@ -200,14 +200,16 @@ def test_an_expert_that_nothing_is_sent_to_is_solved_by_its_guests(
         assert all(0 < r["error"] < 0.1 for r in unseen)
 
 
+@pytest.mark.parametrize("preset", ["default", "best"])
 def test_an_expert_without_any_token_is_rounded(
-    calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preset: str, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 64 experts, one for each token, sequences of 8 reach few, as guests or not."""
+    """Of 64 experts, one for each token, sequences of 8 reach few, as guests or not; with `best` the second one has to
+    judge the training, and nothing is solved by it."""
     monkeypatch.setitem(make_tiny.EXTRA, "qwen3_moe", {"num_experts": 64, "num_experts_per_tok": 1})
     make_tiny.make_tiny(tmp_path / "model", make_tiny.Spec(arch="qwen3_moe", layers=1, intermediate=32))
     text, records = {"source": str(calibration), "samples": 2, "seq_len": 8}, Records()
-    short = Recipe.from_dict({"scheme": {"group_size": 32}, "calibration": text})
+    short = Recipe.from_dict({"preset": preset, "scheme": {"group_size": 32}, "calibration": text})
     quantize(tmp_path / "model", tmp_path / "out", short, observer=records)
     methods = {r["module"]: r["method"] for r in records.records if r.get("expert")}
     assert {"rtn", "gptq"} == set(methods.values())

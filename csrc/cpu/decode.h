@@ -17,6 +17,7 @@
 #define LLMQUANT_HEADS_TOGETHER 4  // at most: query heads for which a key is read once
 
 // These four are mirrored in llmquant/kernels/decode.py; a change of any needs a new value of llmquant_abi.
+
 // Experts, all of the same sizes. A token's are those with the largest scores router * m, of which the softmax over all
 // experts, or over those that are chosen, is their weight.
 struct LlmquantMixture {

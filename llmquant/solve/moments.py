@@ -73,8 +73,8 @@ class Moments:
 
     @property
     def seen(self) -> bool:
-        """Whether there were any tokens."""
-        return bool(self._weight or self.held)
+        """Whether any token was added."""
+        return self._weight > 0
 
     @property
     def held(self) -> int:
