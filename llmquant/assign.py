@@ -27,8 +27,6 @@ def assign(group: Group, recipe: Recipe, layout: Layout) -> list[Linear]:
     Raises:
         RecipeError: overrides treat the members of the group differently.
     """
-    if group.linears[0] in layout.routers:
-        return [Linear(name, *layout.shapes[name], None, "kept: it sends tokens to experts") for name in group.linears]
     wanted = {name: _requested(name, recipe) for name in group.linears}
     if len(set(wanted.values())) > 1:
         first, second = list(wanted)[:2]

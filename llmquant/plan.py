@@ -190,6 +190,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         notes=(
             *_linear_notes(units),
             *_outside_notes(shell),
+            *_router_notes(layout),
             *_caveats(units, recipe),
             *_tensor_parallel_notes(units, recipe, shell),
             *_spill_notes(cost),
@@ -333,6 +334,10 @@ def _outside_notes(shell: Shell) -> list[str]:
     if shell.extra:
         notes.append(f"{len(shell.extra)} tensors are not part of the model and are copied ({shell.extra[0]}, ...)")
     return notes
+
+
+def _router_notes(layout: Layout) -> list[str]:
+    return [f"{len(layout.routers)} routers of experts: kept in their original precision"] if layout.routers else []
 
 
 def _caveats(units: tuple[Unit, ...], recipe: Recipe) -> list[str]:

@@ -25,6 +25,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SLIDING = {"sliding_window": 32}  # short, so that a short test sees it at work
+LATENT = {  # attention, and experts in all layers but the first
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": SLIDING,
@@ -40,20 +50,15 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
     "glm4_moe": {"n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "deepseek_v3": {
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-    },
+    "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1},
+    "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1},
+    "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "num_experts_per_tok": 2},
+    "exaone_moe": {"num_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
 }
-MIXTURES = ("qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3")  # whose experts have a size of their own
+# Those whose experts have a size of their own.
+MIXTURES = ("qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3", "exaone_moe")
 MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 
 
@@ -138,7 +143,7 @@ def family_config(spec: Spec) -> Any:
         }
     if spec.arch in MIXTURES:
         family["moe_intermediate_size"] = spec.intermediate
-    if spec.arch == "deepseek_v3":  # whose attention has a shape of its own
+    if EXTRA[spec.arch].keys() >= LATENT.keys():
         family |= {"num_key_value_heads": spec.heads}
         del family["head_dim"]
     return AutoConfig.for_model(MODEL_TYPE.get(spec.arch, spec.arch), **shape, **family, **EXTRA[spec.arch])

@@ -164,7 +164,7 @@ def without_guests(module: nn.Module) -> None:
 
 
 def routers(layer: nn.Module) -> list[str]:
-    """Modules of a layer that decide where its tokens go, or what an expert counts: a row for each expert, or one.
+    """Modules that decide where tokens go, or what an expert counts: beside experts, a row for each of them, or one.
 
     Raises:
         ArchitectureError: the experts do not stand in a block of their own.
@@ -176,8 +176,8 @@ def routers(layer: nn.Module) -> list[str]:
         block = name.rpartition(".")[0]
         if not block:
             raise ArchitectureError(f"{name}: experts beside the attention; this architecture is not supported")
-        for own, module in layer.get_submodule(block).named_children():
-            weight = module._parameters.get("weight")
+        for beside, module in layer.get_submodule(block).named_modules(prefix=block):
+            weight = None if beside.startswith(f"{name}.") else module._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and len(weight) in (1, len(experts)):
-                found.append(f"{block}.{own}")
+                found.append(beside)
     return found

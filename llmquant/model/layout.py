@@ -85,7 +85,7 @@ class Layout:
     routers: tuple[str, ...] = ()  # linears and other modules that send tokens to experts
 
     def linears(self) -> list[str]:
-        """The linears inside decoder layers, in forward order."""
+        """The linears inside decoder layers, in forward order; without routers, which are kept as they are."""
         return [name for layer in self.layers for group in layer.groups for name in group.linears]
 
 
@@ -103,7 +103,7 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     routing = tuple(f"{name}.{router}" for name, module in layers.items() for router in routers(module))
     for name, module in layers.items():
         _check_weights(name, module, config, routing)
-    calls, tuples = _watch(model, layers, mode)
+    calls, tuples = _watch(model, layers, mode, routing)
     family = FAMILIES.get(config.model_type, Family(norm_offset=None))
     return Layout(
         model_type=config.model_type,
@@ -154,7 +154,9 @@ class _Call(NamedTuple):
     result: int  # storage of the output
 
 
-def _watch(model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTensorMode) -> tuple[list[_Call], set[str]]:
+def _watch(
+    model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTensorMode, routing: tuple[str, ...]
+) -> tuple[list[_Call], set[str]]:
     """Run the fake model once. Returns the calls of linears, experts and norms, and the layers that return tuples."""
     calls: list[_Call] = []
     tuples: set[str] = set()
@@ -170,7 +172,8 @@ def _watch(model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTenso
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             module.forward = module.everywhere  # type: ignore[method-assign]
-        if isinstance(module, nn.Linear | Experts) or type(module).__name__.endswith("Norm"):
+        linear = isinstance(module, nn.Linear) and name not in routing
+        if linear or isinstance(module, Experts) or type(module).__name__.endswith("Norm"):
             hook = lambda module, args, kwargs, out, name=name: record(name, module, args, kwargs, out)  # noqa: E731
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
     for name, layer in layers.items():
@@ -206,20 +209,20 @@ def _layer(
 ) -> Layer:
     inside = [call for call in calls if call.module.startswith(name + ".")]
     produced_by_norm = {call.result: call.module for call in inside if call.kind is nn.Module}
-    # Experts, and the router beside them, receive what a norm makes: no scale on the columns of a group folds into it.
+    # Experts, and routers beside them, receive what a norm makes: no scale on the columns of a group folds into it.
     shared = {call.module: call.source for call in inside if call.kind is Experts}
-    members: dict[tuple[int, bool], list[str]] = {}
+    members: dict[int, list[str]] = {}
     for call in inside:
         if call.kind is nn.Linear:
-            members.setdefault((call.source, call.module in routing), []).append(call.module)
+            members.setdefault(call.source, []).append(call.module)
     called = {linear for names in members.values() for linear in names}
-    linears = {f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    linears = {f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)} - set(routing)
     if missed := sorted(linears - called):
         raise ArchitectureError(
             f"{config.model_type}: cannot derive the input of {missed[0]}: the forward pass never calls it"
         )
     groups = []
-    for (source, _), names in members.items():
+    for source, names in members.items():
         experts = next((each for each in shared if names[0].startswith(f"{each}.")), None)
         if experts and names[0].endswith(".gate_proj"):
             source = shared[experts]  # of which each expert receives some tokens

@@ -226,6 +226,12 @@ FORMER_NAMES = {
     "gpt_neox": {"lm_head.": "embed_out."},
     "mixtral": MIXTRAL,
     "phimoe": MIXTRAL | {".router.": ".gate."},
+    "minimax_m2": MIXTRAL,
+    "exaone_moe": {".mlp.gate.e_score_correction_bias": ".mlp.e_score_correction_bias"},
+    "laguna": {
+        ".mlp.gate.e_score_correction_bias": ".mlp.experts.e_score_correction_bias",
+        ".shared_experts.": ".shared_expert.",
+    },
 }
 
 

@@ -134,9 +134,8 @@ def test_a_mixture_of_experts() -> None:
         ("mlp.experts.0.down_proj",),
         ("mlp.experts.1.gate_proj", "mlp.experts.1.up_proj"),
         ("mlp.experts.1.down_proj",),
-        ("mlp.shared_expert_gate",),
     ]
-    assert [group.expert for group in layer.groups] == [False] * 4 + [True] * 4 + [False]
+    assert [group.expert for group in layer.groups] == [False] * 4 + [True] * 4
     inputs = [(group.norm, group.foldable) for group in layer.groups]
     assert inputs == [
         ("model.layers.1.input_layernorm", True),
@@ -144,7 +143,6 @@ def test_a_mixture_of_experts() -> None:
         (norm, False),
         (None, True),
         *[(norm, False), (None, True)] * 2,
-        (norm, False),
     ]
     assert layout.routers[2:4] == ("model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate")
     assert layout.shapes["model.layers.2.mlp.experts.1.down_proj"] == (64, 32)
