@@ -1,5 +1,6 @@
 """What a checkpoint directory holds, and what quantizing it would cost. Reads headers, not weights."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,4 +80,4 @@ def _cost(source: Checkpoint, layout: Layout) -> dict[str, Any]:
 
 
 def _parameters(source: Checkpoint) -> int:
-    return sum(info.nbytes // info.dtype.itemsize for info in source.tensors.values())
+    return sum(math.prod(info.shape) for info in source.tensors.values())

@@ -14,8 +14,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from llmquant.checkpoint.block_scaled import MEANT, SUFFIX, Scaled, block_size, find_scaled, unscaled
 from llmquant.checkpoint.shard import Lazy, TensorInfo, opened, read_header, read_pieces, read_prefix, read_tensor
 from llmquant.checkpoint.source import check_config, locate, member, read_small
 from llmquant.checkpoint.strict_json import parse_object
@@ -34,7 +36,11 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An open checkpoint. Tensors are listed shard by shard, in the order of their bytes."""
+    """An open checkpoint. Tensors are listed shard by shard, in the order of their bytes.
+
+    Weights in FP8 with scales for blocks are listed and read as the bf16 that they mean (`block_scaled`), and `config`
+    says nothing of it.
+    """
 
     root: Path
     commit: str | None  # of the Hub, None for a local directory
@@ -46,6 +52,8 @@ class Checkpoint:
     _side: tuple[str, ...]
     _config_sha256: str
     _stamps: dict[str, tuple[int, int]]  # shard -> (size, mtime_ns) when its header was read
+    _scaled: dict[str, Scaled]
+    _stored: dict[str, TensorInfo]  # what `tensors` does not list: the scales of these
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> "Checkpoint":
@@ -59,22 +67,38 @@ class Checkpoint:
         stamps = {file: _stamp(os.stat(member(root, file))) for file in files}
         headers = {file: read_header(root / file) for file in files}
         _check_index(root, weight_map, headers)
+        tensors = {name: info for header in headers.values() for name, info in header.items()}
+        scaled = find_scaled(tensors, block, str(root)) if (block := block_size(config)) else {}
+        if scaled:
+            config = {key: value for key, value in config.items() if key != "quantization_config"}
         return cls(
             root,
             commit,
             trust_remote_code,
             config,
-            tensors={name: info for header in headers.values() for name, info in header.items()},
+            tensors={
+                name: info._replace(dtype=MEANT) if name in scaled else info
+                for name, info in tensors.items()
+                if name.removesuffix(SUFFIX) not in scaled or name in scaled
+            },
             file_of={name: file for file, header in headers.items() for name in header},
             files=files,
             _side=_side_files(root, with_code=trust_remote_code and "auto_map" in config),
             _config_sha256=hashlib.sha256(raw).hexdigest(),
             _stamps=stamps,
+            _scaled=scaled,
+            _stored={each.scales: tensors[each.scales] for each in scaled.values()},
         )
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in memory of its own, on the CPU; CheckpointError if its shard changed since `open`."""
         info = self._info(name)
+        if (scaled := self._scaled.get(name)) is None:
+            return self._read(name, info)
+        scales = self._read(scaled.scales, self._stored[scaled.scales])
+        return unscaled(self._read(name, scaled.weight), scales, scaled.block)
+
+    def _read(self, name: str, info: TensorInfo) -> Tensor:
         with self._unchanged(self.file_of[name]) as (fd, path):
             return read_tensor(fd, path, info)
 
@@ -82,7 +106,10 @@ class Checkpoint:
         """The tensor `name`, to be streamed in pieces of 16 MB; each `read` raises as `Checkpoint.read` does."""
         info = self._info(name)
 
-        def pieces() -> Iterator[bytearray]:
+        def pieces() -> Iterator[bytearray | memoryview]:
+            if name in self._scaled:
+                yield self.read(name).flatten().view(torch.uint8).numpy().data
+                return
             with self._unchanged(self.file_of[name]) as (fd, path):
                 yield from read_pieces(fd, path, info.start, info.end)
 
