@@ -71,7 +71,7 @@ def check_mixture(recipe: Recipe, layout: Layout) -> None:
         return
     if recipe.format != "compressed-tensors":
         raise RecipeError(
-            f"format: transformers leaves the experts of {recipe.format} files random, and says nothing; "
+            f"format: transformers leaves the experts of {recipe.format} files random, with no more than a warning; "
             "use --format compressed-tensors"
         )
     if recipe.target:

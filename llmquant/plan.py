@@ -344,7 +344,7 @@ def _caveats(units: tuple[Unit, ...], recipe: Recipe) -> list[str]:
     schemes = {linear.scheme for unit in units for linear in unit.linears.values() if linear.scheme}
     found = FORMATS[recipe.format].caveats(schemes)
     if any(stack.expert and not stack.scheme.symmetric for unit in units for stack in unit.stacks):
-        found.append("transformers refuses asymmetric experts; vLLM reads them")
+        found.append("transformers refuses asymmetric experts")
     return found
 
 
