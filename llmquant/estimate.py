@@ -16,7 +16,7 @@ RUNTIME_BYTES = 600_000_000  # Python, torch and transformers themselves, as mea
 HESSIAN_COPIES = 7  # two sums, two means, reordered, factor, inverse factor
 WEIGHT_COPIES = 5  # stacked, corrected, reordered, codes with their grid, dequantized
 SOLVED = 4  # by `auto`, what a norm feeds: three candidates at the most, and once more the one that is taken
-SOLVED_BYTES = 3  # of a weight of an expert until the layer is written: its code, packed too, and what the heap loses
+SOLVED_BYTES = 3  # of a weight of an expert until the layer is written: packed, and what the heap loses beside it
 SPILL_BYTES = 2**29  # of the original model's activations: more of them go through a file
 
 

@@ -1,6 +1,6 @@
 """One unit of work: a decoder layer, or what is outside of them, from the checkpoint to its shards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,7 @@ class _Work:
             solver.order, solver.weight, solver.damping, solver.shrinkage, solver.correction, solver.refine
         )
         self.quantized: dict[str, tuple[Quantized, Scheme]] = {}
+        self.packed: dict[str, Tensor] = {}  # what has its last form already, by stored name
         self.aims: dict[str, Tensor] = {}  # what the integers stand for, where they are to be trained
         self.changed: dict[str, Tensor] = {}  # kept tensors with a scale folded into them
         self.records: list[dict[str, Any]] = []
@@ -143,6 +144,8 @@ class _Work:
             self.aims |= {name: part.clone() for name, part in zip(W, aim.split(rows), strict=True)}
         if fold is not None and solution.fold is not None:
             self.apply(fold, solution.fold)
+        if stack.expert and not self.recipe.solver.train:  # nothing is folded into it, and its like are many
+            self.pack(W)
         seconds = (perf_counter() - started) / len(W)  # the stack is one problem: each member's share
         for name, Q in zip(W, solution.weight(stack.scheme).split(rows), strict=True):
             record = _record(name, stack.scheme, solution, W[name].float(), Q, problem.H)
@@ -299,12 +302,17 @@ class _Work:
             self.crossing.again()
         return {"training": {"before": before, "after": after, "seconds": round(perf_counter() - started, 3)}}
 
+    def pack(self, linears: Iterable[str]) -> None:
+        """Bring linears to what is stored of them; they are not to change any more."""
+        for name in linears:
+            q, scheme = self.quantized.pop(name)
+            dtype = self.shell.stored_dtype(f"{name}.weight")
+            self.packed |= FORMATS[self.recipe.format].pack(self.shell.stored_prefix(name), q, scheme, dtype)
+
     def tensors(self) -> dict[str, Tensor]:
         """All that the unit's shards hold, by stored name."""
-        tensors: dict[str, Tensor] = {}
-        for name, (q, scheme) in self.quantized.items():
-            dtype = self.shell.stored_dtype(f"{name}.weight")
-            tensors |= FORMATS[self.recipe.format].pack(self.shell.stored_prefix(name), q, scheme, dtype)
+        self.pack(list(self.quantized))
+        tensors = self.packed
         for name in self.unit.kept:
             tensors[self.shell.stored_name(name)] = (
                 self.changed[name] if name in self.changed else self.shell.read(name)

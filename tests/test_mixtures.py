@@ -297,10 +297,7 @@ def test_files_say_which_linears_are_routers(
 
 def test_asymmetric_experts_are_noted(make_checkpoint: Callable[..., Path], calibration: Path) -> None:
     wanted = recipe(calibration, scheme={"group_size": 32, "symmetric": False})
-    assert (
-        "transformers refuses asymmetric experts"
-        in open_plan(make_checkpoint(arch="qwen3_moe"), wanted)[1].notes
-    )
+    assert "transformers refuses asymmetric experts" in open_plan(make_checkpoint(arch="qwen3_moe"), wanted)[1].notes
 
 
 def test_the_report_has_a_row_for_the_experts_of_a_layer(
