@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from measuring import compared
+from runs import Records, StopAfter, recipe, write_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,9 +25,7 @@ from llmquant.manifest import MANIFEST
 from llmquant.model.experts import CalibratedExperts, Experts
 from llmquant.model.layout import derive_layout
 from llmquant.model.shell import Shell, empty_model
-from llmquant.observer import Silent
 from llmquant.pipeline import open_plan, quantize, sense
-from llmquant.plan import Unit
 from llmquant.recipe import Recipe
 from llmquant.report.build import render
 from llmquant.report.facts import read_facts
@@ -46,32 +45,7 @@ WEIGHT = 1 / 16  # of a guest
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, 512, (48,), generator=generator).tolist() for _ in range(12)]
-    path = tmp_path_factory.mktemp("calibration") / "ids.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return path
-
-
-def recipe(calibration: Path, **options: Any) -> Recipe:
-    values = {"scheme": {"group_size": 32}, "calibration": {"source": str(calibration), "samples": 12, "seq_len": 48}}
-    return Recipe.from_dict(values | options)
-
-
-class Records(Silent):
-    """Keeps what is solved; stops after so many units, if asked to."""
-
-    def __init__(self, units: int = 0) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.left = units
-
-    def solved(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def finished(self, unit: Unit) -> None:
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
+    return write_ids(tmp_path_factory.mktemp("calibration") / "ids.jsonl", 12, 48)
 
 
 @pytest.mark.parametrize("arch", MORE)
@@ -236,7 +210,7 @@ def test_a_run_that_was_stopped_gives_the_same_bytes(
     quantize(model, tmp_path / "whole", wanted)
     for units in (2, 1):
         with pytest.raises(KeyboardInterrupt):
-            quantize(model, tmp_path / "stopped", wanted, observer=Records(units + 1))
+            quantize(model, tmp_path / "stopped", wanted, observer=StopAfter(units + 1))
     quantize(model, tmp_path / "stopped", wanted)
     assert (tmp_path / "whole" / MANIFEST).read_bytes() == (tmp_path / "stopped" / MANIFEST).read_bytes()
 

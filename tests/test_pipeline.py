@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 from measuring import compared
+from runs import Records, StopAfter, recipe, write_ids
 from safetensors.torch import load_file, save_file
 
 from llmquant import estimate
 from llmquant.calibration.crossing import Crossing
 from llmquant.errors import CalibrationError, NumericsError, OutputError, RecipeError, VerifyError
 from llmquant.manifest import LOG, MANIFEST, is_sealed
-from llmquant.observer import Silent
 from llmquant.pipeline import Options, quantize
-from llmquant.plan import Unit
 from llmquant.recipe import Recipe
 from llmquant.runtime.loader import load
 from llmquant.verify import verify_checkpoint
@@ -26,24 +25,7 @@ from llmquant.verify import verify_checkpoint
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, 512, (48,), generator=generator).tolist() for _ in range(12)]
-    path = tmp_path_factory.mktemp("calibration") / "ids.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return path
-
-
-def recipe(calibration: Path, **options: Any) -> Recipe:
-    values = {"scheme": {"group_size": 32}, "calibration": {"source": str(calibration), "samples": 12, "seq_len": 48}}
-    return Recipe.from_dict(values | options)
-
-
-class Records(Silent):
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def solved(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
+    return write_ids(tmp_path_factory.mktemp("calibration") / "ids.jsonl", 12, 48)
 
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt_neox"]
@@ -191,18 +173,6 @@ def test_scales_are_folded_and_what_is_loaded_is_what_was_solved(
         loaded = load(tmp_path / name, torch.float32)
         kl[name] = compared(loaded, load(model, torch.float32), ids).divergence.mean_kl
     assert kl["out"] < kl["rtn"]
-
-
-class StopAfter(Silent):
-    """Stops the run from inside, as a kill would from outside."""
-
-    def __init__(self, units: int) -> None:
-        self.left = units
-
-    def finished(self, unit: Unit) -> None:
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """The small run that the fault tests break."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from runs import write_ids
 
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
@@ -21,11 +20,7 @@ def model(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, 512, (24,), generator=generator).tolist() for _ in range(3)]
-    path = tmp_path_factory.mktemp("calibration") / "ids.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return path
+    return write_ids(tmp_path_factory.mktemp("calibration") / "ids.jsonl", 3, 24)
 
 
 @pytest.fixture(scope="session")
