@@ -21,10 +21,11 @@ STORED, MEANT = torch.float8_e4m3fn, torch.bfloat16
 
 
 class Scaled(NamedTuple):
-    """A weight as it is stored, and its scales."""
+    """A weight as it is stored, and its scales with their name."""
 
     weight: TensorInfo
-    scales: str  # their name
+    name: str
+    scales: TensorInfo
     block: tuple[int, int]
 
 
@@ -55,7 +56,7 @@ def find_scaled(tensors: Mapping[str, TensorInfo], block: tuple[int, int], where
                 f"{where}: {name}{SUFFIX}: is {scales.dtype} {scales.shape}, but {name} {info.shape} in blocks of "
                 f"{block} has fp32 {wanted}; fetch the checkpoint again"
             )
-        found[name] = Scaled(info, f"{name}{SUFFIX}", block)
+        found[name] = Scaled(info, f"{name}{SUFFIX}", scales, block)
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint.block_scaled import MEANT, SUFFIX, Scaled, block_size, find_scaled, unscaled
+from llmquant.checkpoint.block_scaled import MEANT, Scaled, block_size, find_scaled, unscaled
 from llmquant.checkpoint.shard import Lazy, TensorInfo, opened, read_header, read_pieces, read_prefix, read_tensor
 from llmquant.checkpoint.source import check_config, locate, member, read_small
 from llmquant.checkpoint.strict_json import parse_object
@@ -52,8 +52,7 @@ class Checkpoint:
     _side: tuple[str, ...]
     _config_sha256: str
     _stamps: dict[str, tuple[int, int]]  # shard -> (size, mtime_ns) when its header was read
-    _scaled: dict[str, Scaled]
-    _stored: dict[str, TensorInfo]  # what `tensors` does not list: the scales of these
+    _scaled: dict[str, Scaled]  # whose scales `tensors` does not list
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> "Checkpoint":
@@ -69,6 +68,7 @@ class Checkpoint:
         _check_index(root, weight_map, headers)
         tensors = {name: info for header in headers.values() for name, info in header.items()}
         scaled = find_scaled(tensors, block, str(root)) if (block := block_size(config)) else {}
+        hidden = {each.name for each in scaled.values()}
         if scaled:
             config = {key: value for key, value in config.items() if key != "quantization_config"}
         return cls(
@@ -79,7 +79,7 @@ class Checkpoint:
             tensors={
                 name: info._replace(dtype=MEANT) if name in scaled else info
                 for name, info in tensors.items()
-                if name.removesuffix(SUFFIX) not in scaled or name in scaled
+                if name not in hidden
             },
             file_of={name: file for file, header in headers.items() for name in header},
             files=files,
@@ -87,7 +87,6 @@ class Checkpoint:
             _config_sha256=hashlib.sha256(raw).hexdigest(),
             _stamps=stamps,
             _scaled=scaled,
-            _stored={each.scales: tensors[each.scales] for each in scaled.values()},
         )
 
     def read(self, name: str) -> Tensor:
@@ -95,8 +94,7 @@ class Checkpoint:
         info = self._info(name)
         if (scaled := self._scaled.get(name)) is None:
             return self._read(name, info)
-        scales = self._read(scaled.scales, self._stored[scaled.scales])
-        return unscaled(self._read(name, scaled.weight), scales, scaled.block)
+        return unscaled(self._read(name, scaled.weight), self._read(scaled.name, scaled.scales), scaled.block)
 
     def _read(self, name: str, info: TensorInfo) -> Tensor:
         with self._unchanged(self.file_of[name]) as (fd, path):

@@ -173,7 +173,11 @@ class Decoder:
         dtype = base.norm.weight.dtype
         layers = list(base.layers)
         linears = [linear for layer in layers for linear in chain(*_linears(layer))]
-        dense = [base.norm.weight, *(weight for layer in layers for weight in (*_gains(layer), *_routers(layer)))]
+        routers = [layer.mlp.gate for layer in layers if _is_mixture(layer)]
+        if any(type(router).__name__ not in ROUTERS for router in routers):
+            return None
+        gains = chain.from_iterable(map(_gains, layers))
+        dense = [base.norm.weight, *gains, *(router.weight for router in routers)]
         known = [isinstance(linear, QuantLinear) and linear.order is None for linear in linears]
         if not isinstance(library, Library) or not all(known) or dtype not in KINDS:
             return None
@@ -279,8 +283,8 @@ def _named(owner: Any, names: Iterable[str], *, noted: bool = False) -> Iterator
 
 
 def _is_mixture(layer: Any) -> bool:
-    """Whether experts stand in its feed-forward block, which a router that we know sends tokens to."""
-    return isinstance(getattr(layer.mlp, "experts", None), Experts) and type(layer.mlp.gate).__name__ in ROUTERS
+    """Whether experts stand in its feed-forward block."""
+    return isinstance(getattr(layer.mlp, "experts", None), Experts)
 
 
 def _linears(layer: Any) -> tuple[list[Any], ...]:
@@ -288,10 +292,6 @@ def _linears(layer: Any) -> tuple[list[Any], ...]:
     blocks = layer.mlp.experts if _is_mixture(layer) else [layer.mlp]
     attention = [getattr(layer.self_attn, name) for name in ATTENTION]
     return attention, *([getattr(block, name) for name in FEED_FORWARD] for block in blocks)
-
-
-def _routers(layer: Any) -> list[Tensor]:
-    return [layer.mlp.gate.weight] if _is_mixture(layer) else []
 
 
 def _block(layer: Any) -> Block:

@@ -124,6 +124,17 @@ def test_who_listens_to_a_mixture_is_heard(packed: Callable[..., Path], taken: l
         assert calls != []
         calls.clear()
     assert taken == [20]
+    router = block.gate
+
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            calls.append(1)
+            return router(x)
+
+    block.gate = Wrapped()
+    model(torch.tensor([[7]]), **{CACHE: cache})
+    block.gate = router
+    assert calls == [1]
     asked = model(torch.tensor([[7]]), output_router_logits=True, **{CACHE: cache})
     assert len(asked.router_logits) == 2
     assert taken == [20]
