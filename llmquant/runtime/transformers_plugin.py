@@ -9,6 +9,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -98,6 +99,7 @@ class LlmquantQuantizer(HfQuantizer):
 
     requires_calibration = True  # transformers' word for: a checkpoint has to be packed already
     quantization_config: LlmquantConfig
+    _renamings: list[Any] | None = None  # instead of what transformers does to the names and tensors of files
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         if isinstance(device_map, Mapping) and len(set(device_map.values())) > 1 and _offloads(device_map):
@@ -108,6 +110,12 @@ class LlmquantQuantizer(HfQuantizer):
             raise RecipeError("tp_plan: transformers cannot split packed weights; use vLLM for tensor parallelism")
         layout = for_config(self.quantization_config.block)
         unfuse(model)
+        if has_experts(model):
+            if not hasattr(HfQuantizer, "update_weight_conversions"):
+                raise RecipeError(
+                    f"transformers {transformers.__version__} loads no packed experts; install 5.8 or newer"
+                )
+            self._renamings = renamings(model)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for name, scheme in layout.read_config(self.quantization_config.block, list(linears)).items():
             model.set_submodule(name, _Packed(linears[name], scheme, layout))
@@ -123,9 +131,9 @@ class LlmquantQuantizer(HfQuantizer):
             use_decoder(model)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Renaming alone, where experts are linears as they are in files: transformers would fuse them."""
-        return renamings(model) if has_experts(model) else list(weight_conversions)
+        return list(weight_conversions) if self._renamings is None else self._renamings
 
     @property
     def is_trainable(self) -> bool:

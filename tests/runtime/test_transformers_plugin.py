@@ -105,6 +105,14 @@ def test_it_is_the_model_that_our_loader_makes(packed, recipe: str, arch: str) -
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
+def test_names_are_left_alone_where_there_are_no_experts() -> None:
+    from llmquant.runtime.transformers_plugin import LlmquantConfig, LlmquantQuantizer
+
+    quantizer = LlmquantQuantizer(LlmquantConfig())
+    assert quantizer.update_weight_conversions(["as it was"]) == ["as it was"]  # transformers before 5.2x
+    assert quantizer.update_weight_conversions(["as it was"], None) == ["as it was"]
+
+
 def test_single_tokens_pass_natively_where_they_do_in_our_loader(packed) -> None:
     model, ours = open_client(packed()), llmquant.load(packed())
     assert isinstance(model.model.forward, Decoder) == isinstance(ours.model.forward, Decoder)
