@@ -29,11 +29,8 @@ def weight(scheme: Scheme, m: int, n: int, seed: int = 0) -> Weight:
     zeros = torch.randint(0, scheme.max_code + 1, grid, dtype=torch.uint8, generator=generator)
     if scheme.symmetric:
         zeros = torch.full(grid, scheme.midpoint, dtype=torch.uint8)
-    real = torch.empty(m, n, dtype=torch.float64)
-    for row in range(m):
-        for column in range(n):
-            group = column // scheme.width(n)
-            real[row, column] = float(scales[row, group]) * (int(codes[row, column]) - int(zeros[row, group]))
+    group = torch.arange(n) // scheme.width(n)  # of each column
+    real = scales.double()[:, group] * (codes.double() - zeros.double()[:, group])
     q = Quantized(codes, scales, zeros)
     return Weight(scheme, pack(q, scheme), q, real)
 

@@ -25,6 +25,7 @@ def test_it_answers_on_a_gpu_as_generate_does(packed: Path, start: Callable[...,
             answer = client.post("/v1/chat/completions", json=chat | {"max_tokens": most})
             return answer.json()["choices"][0]["message"]["content"]
 
-        assert ask("Hello", 5) == expected.text
+        # A character that is cut off is left out, which generate tells as U+FFFD.
+        assert ask("Hello", 5) == expected.text.rstrip("\ufffd")
         texts = [f"Count to {n}" for n in range(6)]
         assert list(pool.map(ask, texts)) == [ask(text) for text in texts]
