@@ -64,9 +64,12 @@ tests() {
 # The allocator's own blocks would hide what is read or written beyond a tensor.
 sanitized() {
     local tool=$1
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 3 \
-        "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_cuda_device.py \
-        -k "not triton and (whole_numbers or around or (clusters and 4096))"
+    (
+        cd "$checked"
+        PYTHONPATH=$checked:$PYTHONPATH PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 180 "$sanitizer" --tool "$tool" \
+            --error-exitcode 3 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_cuda_device.py \
+            -k "not triton and (whole_numbers or around or (clusters and 4096))"
+    )
 }
 
 # A model quantized twice has the same bytes, answers, and is measured.
@@ -85,14 +88,33 @@ quantized() {
         --seq-len 128 --device cuda
 }
 
+# compile NAME DIRECTORY OPTION...: the library of the kernels, for this GPU.
+compile() {
+    local name=$1 directory=$2
+    shift 2
+    step "$name" 240 "$nvcc" -std=c++17 -O3 -gencode "arch=compute_$arch,code=sm_$arch" --threads 0 -cudart static \
+        -shared -Xcompiler -fPIC,-fvisibility=hidden "$@" csrc/cuda/*.cu -o "$directory/llmquant_cuda.so"
+}
+
 workers=()
 ! "$python" -c 'import xdist' 2>/dev/null || workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 
 # sm_90a is sm_90 with instructions of its own, which csrc/cuda uses.
 arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 [[ $arch != 90 ]] || arch=90a
-step build 240 "$nvcc" -std=c++17 -O3 -gencode "arch=compute_$arch,code=sm_$arch" --threads 0 -cudart static -shared \
-    -Xcompiler -fPIC,-fvisibility=hidden csrc/cuda/*.cu -o llmquant/_native/llmquant_cuda.so || status=1
+sanitizer=$(command -v compute-sanitizer || true)
+if [[ $parts == *kernels* && -n $sanitizer ]]; then
+    # Kernels that compute-sanitizer understands, in a tree of their own (csrc/cuda/warpgroups.h).
+    checked=$(mktemp -d)
+    trap 'rm -rf "$checked"' EXIT
+    cp -r llmquant tests scripts pyproject.toml "$checked"
+    rm -f "$checked"/llmquant/_native/*.so
+    compile build-checks "$checked/llmquant/_native" -DLLMQUANT_RACECHECK &
+    checks+=("$!")
+fi
+compile build llmquant/_native || status=1
+for process in "${checks[@]}"; do wait "$process" || status=1; done
+checks=()
 torch=$("$python" -c 'import importlib.util as util; print(util.find_spec("torch").submodule_search_locations[0])')
 step binding 60 "${CXX:-c++}" -std=c++17 -O3 -shared -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000 \
     -isystem "$torch/include" csrc/torch/cuda_ops.cpp -Lllmquant/_native -l:llmquant_cuda.so "-L$torch/lib" -ltorch_cpu \
@@ -104,7 +126,7 @@ if [[ $parts == *kernels* ]]; then
         tests/kernels/test_slabs.py tests/runtime/test_cuda_model.py tests/evaluate/test_cuda_evaluation.py \
         tests/bench/test_gpu_bench.py &
     checks+=("$!")
-    if command -v compute-sanitizer >/dev/null; then
+    if [[ -n $sanitizer ]]; then
         sanitized memcheck &
         checks+=("$!")
         sanitized racecheck &

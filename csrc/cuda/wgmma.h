@@ -110,7 +110,7 @@ __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, int shift, int 
                                          Sums<TOKENS>& sums) {
     const Part<TOKENS> part;
     const auto release = [&](int stage) {
-        if (part.lane != 0) return;
+        if (part.lane >= RELEASING) return;
         arrive(&shared.empty[stage]);
         if (TEAM == Team::PAIR) arrive_at(&shared.empty[stage], side<TEAM>() ^ 1);
     };
@@ -141,12 +141,16 @@ __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, int shift, int 
                 multiply_add_group<T, TOKENS>(sums[j], a[step % DEPTH][j], x_of<TOKENS>(x, step));
             commit_group();
             await_groups<DEPTH - 1>();  // whose numbers make room for the next
-            if (step == DEPTH - 2 && chunk > 0) release(before);
+            if (step == DEPTH - 2) {
+                sync_warp();  // all lanes have read that stage; in a branch, ptxas would serialize wgmma
+                if (chunk > 0) release(before);
+            }
         }
         before = place.stage;
         place.advance();
     }
     await_sums(sums);
+    sync_warp();
     release(before);
 }
 
@@ -194,7 +198,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
     if (thread_index() == 0) {
         for (int i = 0; i < STAGES<TOKENS>; ++i) {
             begin_barrier(&shared.full[i], 4);
-            begin_barrier(&shared.empty[i], CONSUMERS / LANES * SIDES<TEAM>);
+            begin_barrier(&shared.empty[i], CONSUMERS / LANES * RELEASING * SIDES<TEAM>);
         }
         if (TEAM == Team::SPLIT) begin_barrier(&shared.sent, 1);
         fence_barriers();

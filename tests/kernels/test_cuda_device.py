@@ -69,12 +69,16 @@ def test_products(scheme: Scheme, dtype: torch.dtype, kernels: ModuleType) -> No
     [
         (cuda.GEMV, (1, 8), range(80, 999)),
         (cuda.CLUSTER, (1, 8), range(90, 999)),
+        (cuda.WGMMA, (16, 300) if DEVICE == "cuda" else (70,), range(90, 91)),
         (cuda.PAIRS, (300, 700) if DEVICE == "cuda" else (70,), range(90, 91)),
         (cuda.SPLIT, (1, 16, 64, 200) if DEVICE == "cuda" else (1, 70), range(90, 91)),
     ],
-    ids=["gemv", "cluster", "pairs", "split"],
+    ids=["gemv", "cluster", "wgmma", "pairs", "split"],
 )
-@pytest.mark.parametrize(("m", "n"), [(200, 4096), (1000, 1000), (200, 200)] if DEVICE == "cuda" else [(100, 600)])
+# With 3100 rows every block uses its ring of stages again.
+@pytest.mark.parametrize(
+    ("m", "n"), [(3100, 4000), (200, 4096), (1000, 1000), (200, 200)] if DEVICE == "cuda" else [(100, 600)]
+)
 def test_products_in_clusters(
     m: int, n: int, path: int, counts: tuple[int, ...], devices: range, dtype: torch.dtype, kernels: ModuleType
 ) -> None:
