@@ -1,5 +1,6 @@
 """Products with packed weights on a GPU beside their peers: weights from beyond its L2 cache, in CUDA graphs."""
 
+import random
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,10 +73,11 @@ def copies_for(nbytes: int, cache: int) -> int:
 def measure(
     n: int, m: int, scheme: Scheme, tokens: Sequence[int], contestants: Mapping[str, Maker], dtype: torch.dtype
 ) -> Iterator[Result | Refusal]:
-    """Every contestant with so many tokens on the current GPU, one after the other."""
+    """Every contestant on the current GPU, with so many tokens after so many."""
     cache = torch.cuda.get_device_properties().L2_cache_size
     q = random_weight(m, n, scheme)
     real = dequantize(q, scheme)
+    entrants: dict[str, list[Product]] = {}
     for name, make in contestants.items():
         try:
             products = [make(q, scheme, dtype)]
@@ -83,44 +85,78 @@ def measure(
         except UNABLE as error:
             reason = first_line(error)
             yield from (Refusal(n, m, count, name, reason) for count in tokens)
-            continue
-        for count in tokens:
-            yield one(products, real, count, name, dtype)
-        del products
+        else:
+            entrants[name] = products
+    for count in tokens:
+        yield from race(entrants, real, count, dtype)
 
 
-def one(products: list[Product], real: Tensor, count: int, name: str, dtype: torch.dtype) -> Result | Refusal:
+def race(
+    entrants: Mapping[str, list[Product]], real: Tensor, count: int, dtype: torch.dtype
+) -> Iterator[Result | Refusal]:
+    """All with so many tokens, in turn: a GPU's clock follows the power that it has taken, and is the same for all."""
     m, n = real.shape
     x = torch.randn(count, n, device=real.device, generator=torch.Generator(real.device).manual_seed(1)).to(dtype)
-    try:
-        checked = slice(0, 64)  # tokens
-        exact = x[checked].double() @ real.double().T
-        error = float((products[0].call(x)[checked].double() - exact).norm() / exact.norm())
-        if not error < WRONG:
-            return Refusal(n, m, count, name, f"its result is off by {error:.2g}")
-        times = graph_seconds([product.call for product in products], x)
-    except UNABLE as problem:
-        return Refusal(n, m, count, name, first_line(problem))
-    fast, median, slow = spread(times)
-    return Result(n, m, count, name, median, fast, slow, products[0].nbytes, len(products), error)
+    checked = slice(0, 64)  # tokens
+    exact = x[checked].double() @ real.double().T
+    graphs: dict[str, Graph] = {}
+    errors: dict[str, float] = {}
+    for name, products in entrants.items():
+        try:
+            errors[name] = float((products[0].call(x)[checked].double() - exact).norm() / exact.norm())
+            if not errors[name] < WRONG:
+                yield Refusal(n, m, count, name, f"its result is off by {errors[name]:.2g}")
+                continue
+            graphs[name] = Graph([product.call for product in products], x)
+        except UNABLE as problem:
+            yield Refusal(n, m, count, name, first_line(problem))
+    for name, times in replay_in_turn(graphs).items():
+        fast, median, slow = spread(times)
+        yield Result(n, m, count, name, median, fast, slow, entrants[name][0].nbytes, len(entrants[name]), errors[name])
+
+
+class Graph:
+    """A CUDA graph of all calls, as often as makes it long enough to time.
+
+    Attributes:
+        replays: of it, that are worth timing.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> None:
+        for call in calls:
+            call(x)  # compiled, tuned and in memory before the capture
+        torch.cuda.synchronize()
+        once = timed(lambda: [call(x) for call in calls])
+        rounds = max(1, min(20, int(LONGEST / once)))
+        self.replays = max(FEWEST, min(REPLAYS, int(ENOUGH / (rounds * once))))
+        self._calls = rounds * len(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for _ in range(rounds):
+                for call in calls:
+                    call(x)
+        for _ in range(3):
+            self._graph.replay()
+
+    def seconds(self) -> float:
+        """Of one call, in one replay."""
+        return timed(self._graph.replay) / self._calls
+
+
+def replay_in_turn(graphs: Mapping[str, Graph]) -> dict[str, list[float]]:
+    """Seconds of one call for each replay. Each round has an order of its own, so that no graph always follows the
+    same one."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    order = random.Random(0)  # noqa: S311
+    while waiting := [name for name, graph in graphs.items() if len(times[name]) < graph.replays]:
+        for name in order.sample(waiting, len(waiting)):
+            times[name].append(graphs[name].seconds())
+    return times
 
 
 def graph_seconds(calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> list[float]:
-    """Seconds of one call, for each replay of a graph with all calls, as often as makes it long enough to time."""
-    for call in calls:
-        call(x)  # compiled, tuned and in memory before the capture
-    torch.cuda.synchronize()
-    once = timed(lambda: [call(x) for call in calls])
-    rounds = max(1, min(20, int(LONGEST / once)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call(x)
-    for _ in range(3):
-        graph.replay()
-    replays = max(FEWEST, min(REPLAYS, int(ENOUGH / (rounds * once))))
-    return [timed(graph.replay) / (rounds * len(calls)) for _ in range(replays)]
+    """Seconds of one call, for each replay of a graph of all calls."""
+    return replay_in_turn({"": Graph(calls, x)})[""]
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -36,6 +36,25 @@ def test_spread() -> None:
     assert gpu.spread([float(i) for i in range(101)]) == (10.0, 50.0, 90.0)
 
 
+def test_graphs_are_replayed_in_turn_and_never_in_one_order() -> None:
+    replayed: list[str] = []
+
+    class Replays:
+        def __init__(self, name: str, replays: int) -> None:
+            self.name, self.replays = name, replays
+
+        def seconds(self) -> float:
+            replayed.append(self.name)
+            return float(len(replayed))
+
+    times = gpu.replay_in_turn({name: Replays(name, count) for name, count in (("a", 9), ("b", 9), ("c", 4))})
+    assert {name: len(found) for name, found in times.items()} == {"a": 9, "b": 9, "c": 4}
+    rounds = [replayed[3 * i : 3 * i + 3] for i in range(4)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+    assert [replayed[int(time) - 1] for time in times["b"]] == ["b"] * 9
+
+
 def test_rates_count_all_bytes_and_operations() -> None:
     r = result("llmquant", 16, 1e-3)
     assert r.bandwidth == pytest.approx((4096 * 4096 + 32 * (4096 + 8192)) * 1e3)
