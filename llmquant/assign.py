@@ -78,6 +78,15 @@ def check_mixture(recipe: Recipe, layout: Layout) -> None:
         raise RecipeError("target: mixed precision is not measured for mixtures of experts; give one scheme")
 
 
+def check_towers(recipe: Recipe, towers: tuple[str, ...] | None) -> None:
+    """Raise RecipeError for a layout in which a language model beside towers was never loaded by anybody."""
+    if towers is not None and recipe.format != "compressed-tensors":
+        raise RecipeError(
+            f"format: {recipe.format} is not written where a model has more than its language model; "
+            "use --format compressed-tensors"
+        )
+
+
 def check_experts(layer: Layer, linears: dict[str, Linear]) -> None:
     """Raise RecipeError unless all experts of a layer are alike, which servers compute at once."""
     experts = [linears[name] for group in layer.groups if group.expert for name in group.linears]

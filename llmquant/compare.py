@@ -20,6 +20,7 @@ from llmquant.evaluate.run import Evaluation, alone, beside, cut_for
 from llmquant.evaluate.text import Source
 from llmquant.inspect import inspect_checkpoint
 from llmquant.memory import return_large_blocks
+from llmquant.model.shell import read_config
 from llmquant.model.tokenizer import load_tokenizer
 from llmquant.runtime.loader import load
 
@@ -87,7 +88,7 @@ def _entry(directory: Path, found: Evaluation, speed_on: str | None) -> Entry:
     entry = Entry(str(directory), facts["bytes"], facts["bits_per_weight"] or 0.0, found)
     if speed_on is None:
         return entry
-    vocab = int(Checkpoint.open(directory).config["vocab_size"])
+    vocab = int(read_config(Checkpoint.open(directory)).vocab_size)
     (result,) = measure({entry.name: OfTransformers(load(directory, device=speed_on))}, PROMPT, WRITTEN, vocab)
     speed = result.prompt_per_second, result.new_per_second
     return Entry(entry.name, entry.bytes, entry.bits_per_weight, found, *speed)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import transformers
 
-from llmquant.assign import Linear, assign, check_experts, check_mixture
+from llmquant.assign import Linear, assign, check_experts, check_mixture, check_towers
 from llmquant.calibration.batches import Calibration
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError, OutputError, RecipeError
 from llmquant.estimate import Estimate, estimate
 from llmquant.formats import FORMATS
+from llmquant.model.language import below, by_any_name
 from llmquant.model.layout import Layer, Layout, derive_layout
 from llmquant.model.shell import Shell
 from llmquant.native import active_backend
@@ -105,6 +106,7 @@ class Plan:
     bytes_in: int
     estimate: Estimate
     all_linears: tuple[str, ...]  # of the model, the output head and what servers make a linear included
+    towers: tuple[str, ...] | None  # see Shell
 
     @property
     def bytes_out(self) -> int:
@@ -176,6 +178,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
     _check_recipe(recipe)
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
     check_mixture(recipe, layout)
+    check_towers(recipe, shell.towers)
     drafts = [_draft_outside(shell, layout), *(_draft_layer(layer, recipe, shell, layout) for layer in layout.layers)]
     total = sum(spec_bytes(spec) for draft in drafts for spec in draft.specs.values())
     units = _name_shards(drafts, merged=total <= SHARD_BYTES)
@@ -198,6 +201,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=cost,
         all_linears=(*layout.shapes, *_routers(shell, layout)),
+        towers=shell.towers,
     )
     quantization_config(plan)  # a layout may refuse the schemes together
     if max_memory is not None and plan.estimate.memory > max_memory:
@@ -216,7 +220,11 @@ def _routers(shell: Shell, layout: Layout) -> list[str]:
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` block of config.json; RecipeError if the layout cannot say so."""
     skipped = [name for name in plan.all_linears if name not in plan.schemes]
-    return FORMATS[plan.recipe.format].config_block(plan.schemes, skipped)
+    schemes = plan.schemes
+    if plan.towers is not None:
+        schemes = {by_any_name(name): scheme for name, scheme in schemes.items()}
+        skipped = [*map(by_any_name, skipped), *map(below, plan.towers)]
+    return FORMATS[plan.recipe.format].config_block(schemes, skipped)
 
 
 def spec_bytes(spec: Spec) -> int:
@@ -331,7 +339,9 @@ def _outside_notes(shell: Shell) -> list[str]:
     if head is not None:
         tied = getattr(shell.config, "tie_word_embeddings", False)
         notes.append("lm_head: tied to the embedding, kept" if tied else "lm_head: kept in its original precision")
-    if shell.extra:
+    if shell.towers:
+        notes.append(f"{', '.join(shell.towers)}: beside the language model, copied as they are")
+    elif shell.extra:
         notes.append(f"{len(shell.extra)} tensors are not part of the model and are copied ({shell.extra[0]}, ...)")
     return notes
 

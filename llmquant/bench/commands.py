@@ -67,10 +67,11 @@ def generate(
     """Tokens per second of a packed checkpoint: reading a prompt, and writing."""
     from llmquant.bench.generate import contestants, measure
     from llmquant.checkpoint.reader import Checkpoint
+    from llmquant.model.shell import read_config
 
     room, counts = max(prompt_tokens, SHORT + new_tokens), sorted(set(sequences or [1]))
     models = contestants(directory, baseline, gguf or [], room, counts[-1])
-    vocab_size = int(Checkpoint.open(directory).config["vocab_size"])
+    vocab_size = int(read_config(Checkpoint.open(directory)).vocab_size)
     results = list(measure(models, prompt_tokens, new_tokens, vocab_size, counts))
     table = _table("model", f"prompt of {prompt_tokens}, tokens/s", "sequences", f"{new_tokens} new, tokens/s")
     for name, count, read, written in results:

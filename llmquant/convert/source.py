@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmquant.checkpoint.reader import Checkpoint
-from llmquant.errors import NumericsError
+from llmquant.errors import ArchitectureError, NumericsError
 from llmquant.formats import FORMATS, Format, for_config
 from llmquant.model.experts import routers
-from llmquant.model.shell import StoredTensors, empty_model, read_config, stored_as
+from llmquant.model.language import inside
+from llmquant.model.shell import StoredTensors, empty_model, read_config, read_whole_config, stored_as
 from llmquant.runtime.loader import stored_dtype
 from llmquant.scheme import Quantized, Scheme
 
@@ -47,6 +48,8 @@ class Source:
         checkpoint = Checkpoint.open(directory)
         block = checkpoint.config.get("quantization_config") or {}
         config = read_config(checkpoint)
+        if inside(read_whole_config(checkpoint)):
+            raise ArchitectureError(f"{checkpoint.root}: has more than its language model, and is not converted")
         dtype = stored_dtype(config)  # the empty model changes it
         model = empty_model(config)
         linears = {

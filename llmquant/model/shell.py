@@ -11,14 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import ArchitectureError, CheckpointError, NumericsError
 from llmquant.model.experts import unfuse
+from llmquant.model.language import inside, language_config, places, towers
 
 
 def read_config(source: Checkpoint) -> PretrainedConfig:
-    """The transformers configuration, without its quantization block.
+    """The transformers configuration of the language model, without its quantization block.
 
     Raises:
         ArchitectureError: transformers does not know the model type.
     """
+    return language_config(read_whole_config(source), source)
+
+
+def read_whole_config(source: Checkpoint) -> PretrainedConfig:
+    """The same of the model that the language model may be a part of."""
     try:
         config = AutoConfig.from_pretrained(source.root, trust_remote_code=source.trust_remote_code)
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -66,13 +72,15 @@ class Shell:
         model: the transformers model; a parameter is on the meta device unless its part is filled.
         names: tensor name in the model -> tensor name in the checkpoint. Tied aliases do not appear.
         extra: checkpoint tensors that the model does not have.
+        towers: modules of the checkpoint beside the language model; None if that is all there is.
     """
 
     def __init__(self, source: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.source = source
         self.device = torch.device(device)
         self.dtype = dtype
-        self.config = read_config(source)
+        whole = read_whole_config(source)
+        self.config = language_config(whole, source)
         self.model = empty_model(
             self.config, trust_remote_code=source.trust_remote_code, device=device, calibrated=True
         )
@@ -81,6 +89,7 @@ class Shell:
         self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)
         used = set(self.names.values())
         self.extra = [name for name in source.tensors if name not in used]
+        self.towers = towers(self.extra, used) if inside(whole) else None
 
     @contextmanager
     def filled(self, names: list[str]) -> Iterator[None]:
@@ -241,14 +250,15 @@ FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 def spellings(name: str, model: PreTrainedModel) -> list[str]:
     """The names under which a checkpoint may hold a tensor of the model, most usual first.
 
-    Checkpoints of the base model alone lack its prefix; some hold it where the model has none.
+    Checkpoints of the base model alone lack its prefix; some hold it where the model has none; and where the model is
+    a part of another, it has a place in that.
     """
     prefix = model.base_model_prefix + "."
     former = name
     for new, old in FORMER_NAMES.get(model.config.model_type, {}).items():
         former = former.replace(new, old)
     renamed = [] if former == name else [former]
-    return [*renamed, name, name.removeprefix(prefix), prefix + name]
+    return [*renamed, name, name.removeprefix(prefix), prefix + name, *places(name)]
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

@@ -321,12 +321,13 @@ def use_decoder(model: PreTrainedModel) -> None:
     if type(head) is nn.Linear:
         head.__class__ = Head  # and not another module in its place: the weight may be tied, and known by its name
     base, config = model.base_model, model.config
+    if type(base).__name__ not in FAMILIES:
+        return
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     plain = getattr(config, "hidden_act", None) == "silu" and rotation in ROTATIONS and window is None
-    served = type(base).__name__ in FAMILIES and plain and width % HEAD_MULTIPLE == 0
-    if served and isinstance(find_library(), Library):
+    if plain and width % HEAD_MULTIPLE == 0 and isinstance(find_library(), Library):
         base.forward = Decoder(base)
 
 

@@ -1,0 +1,73 @@
+"""The language model inside of a checkpoint that also sees or hears: Gemma 3, Mistral Small 3.1, Qwen2.5-VL, LLaVA.
+
+It is what we quantize and run, by text alone. What stands beside it, towers and what leads from them to it, is copied
+as it is. Its tensors have other names in such a checkpoint than in a causal language model, and its modules have others
+still in transformers and in servers: config.json speaks of them by patterns.
+"""
+
+import re
+from collections.abc import Iterable
+
+from transformers import AutoConfig, PretrainedConfig
+
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.errors import ArchitectureError
+
+# Language models that transformers builds inside of others alone, and which they are where there is nothing but text.
+ALONE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")  # three positions for each token, which are equal for text
+PLACES = ("model.language_model.", "model.text_model.")  # in the place of `model.`
+
+
+def language_config(config: PretrainedConfig, source: Checkpoint) -> PretrainedConfig:
+    """The configuration of the language model: `config` itself, if there is nothing else.
+
+    Raises:
+        ArchitectureError: there are several, or none that transformers can build.
+    """
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise ArchitectureError(f"{config.model_type}: which language model is meant? {error}") from error
+    if not inside(config):
+        return config
+    if kind := ALONE.get(text.model_type):
+        fields = text.to_dict() | {"model_type": kind}
+        rope = fields.get("rope_parameters") or {}
+        fields["rope_parameters"] = {name: value for name, value in rope.items() if name not in OF_IMAGES}
+        text = AutoConfig.for_model(**fields)
+    text.dtype = text.dtype or config.dtype
+    head = any(name.endswith("lm_head.weight") for name in source.tensors)
+    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False)) and not head
+    return text
+
+
+def inside(config: PretrainedConfig) -> bool:
+    """Whether the language model is a part of a model."""
+    return any(getattr(config, name, None) is not None for name in ("text_config", "decoder", "generator"))
+
+
+def places(name: str) -> list[str]:
+    """Where a checkpoint may have a tensor of the language model, if that is a part of a model."""
+    inner = name.removeprefix("model.")
+    return [f"language_model.{name}", *(place + inner for place in PLACES if inner != name)]
+
+
+def towers(names: Iterable[str], stored: Iterable[str]) -> tuple[str, ...]:
+    """What stands beside the language model, whose tensors are `stored`: the modules that hold the tensors `names`."""
+    own = {_top(name) for name in stored}
+    return tuple(dict.fromkeys(top for top in map(_top, names) if top not in own))
+
+
+def _top(name: str) -> str:
+    return name.removeprefix("model.").partition(".")[0]
+
+
+def by_any_name(linear: str) -> str:
+    """A pattern for a linear of the language model that fits wherever that stands."""
+    return f"re:.*{re.escape(linear.removeprefix('model.'))}$"
+
+
+def below(tower: str) -> str:
+    """A pattern for all that is in a tower."""
+    return rf"re:.*{re.escape(tower)}\..*"

@@ -1,0 +1,63 @@
+"""Small checkpoints with random weights whose language model is a part of a model that sees."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+IMAGE, PATCHES = 500, 4  # a token's id, and how many stand for an image of 28 x 28
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "initializer_range": 0.125,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EYE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
+CLIP = EYE | {"model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 32}
+SIGLIP = EYE | {"patch_size": 14}
+PIXTRAL = EYE | {"model_type": "pixtral", "patch_size": 14}
+QWEN = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": CLIP, "image_token_index": IMAGE},
+    "mistral3": {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": PIXTRAL},
+    "gemma3": {
+        "text_config": TEXT | {"sliding_window": 8},
+        "vision_config": SIGLIP,
+        "mm_tokens_per_image": PATCHES,
+        "image_token_id": IMAGE,
+    },
+    "qwen2_5_vl": {"text_config": TEXT | MROPE, "vision_config": QWEN, "tie_word_embeddings": True},
+    "qwen3_vl": {"text_config": TEXT | MROPE, "vision_config": QWEN | {"deepstack_visual_indexes": [0]}},
+    "smolvlm": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": SIGLIP},
+    "gemma4": {"text_config": TEXT | {"global_head_dim": 16}, "vision_config": SIGLIP},
+}
+
+
+def make(arch: str, tokenizer: Path, out: Path) -> Path:
+    """Write a checkpoint of that family to `out`, with the tokenizer of another."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(arch, **FAMILIES[arch])
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        for parameter in model.parameters():
+            if parameter.dim() == 1 or not parameter.any():  # that one is lost has to show
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
+    return out
+
+
+def picture() -> dict[str, torch.Tensor]:
+    """One image, and text around it."""
+    ids = torch.cat((torch.arange(3, 13), torch.full((PATCHES,), IMAGE), torch.arange(20, 30)))[None]
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "pixel_values": pixels}
