@@ -347,7 +347,7 @@ def _outside_notes(shell: Shell) -> list[str]:
 
 
 def _router_notes(layout: Layout) -> list[str]:
-    return [f"{len(layout.routers)} routers of experts: kept in their original precision"] if layout.routers else []
+    return [f"{len(layout.routers)} routers and gates: kept in their original precision"] if layout.routers else []
 
 
 def _caveats(units: tuple[Unit, ...], recipe: Recipe) -> list[str]:

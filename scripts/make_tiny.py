@@ -35,6 +35,14 @@ LATENT = {  # attention, and experts in all layers but the first
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }
+LINEAR = {  # attention without keys to remember, in every other layer
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "full_attention_interval": 2,
+}
+STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": SLIDING,
@@ -55,10 +63,16 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "num_experts_per_tok": 2},
+    "qwen3_next": LINEAR | {"num_experts": 8, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 64},
+    "qwen3_5_text": LINEAR,
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": STATE_SPACE
+    | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 128},
+    "bamba": STATE_SPACE | {"attn_layer_indices": [1]},
     "exaone_moe": {"num_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
 }
 # Those whose experts have a size of their own.
-MIXTURES = ("qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3", "exaone_moe")
+MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "exaone_moe")
 MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 
 

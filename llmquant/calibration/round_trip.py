@@ -67,7 +67,7 @@ class RoundTrip:
         shell, given = self.shell, list[Tensor]()
 
         def handing_over(layer: Layer) -> Callable[..., Any]:
-            return lambda *_, **__: (given[0],) if layer.returns_tuple else given[0]
+            return lambda *_, **__: layer.as_returned(given[0])
 
         inside = tuple(f"{layer.name}." for layer in self.layers)
         outside = [name for name in shell.names if not name.startswith(inside)]

@@ -90,7 +90,7 @@ class Stream:
             if first:
                 hidden.append(states.cpu())
             self._arguments.setdefault(states.shape[:2], {})[layer.name] = (args, kwargs)
-            return (states,) if layer.returns_tuple else states
+            return layer.as_returned(states)
 
         return forward
 
@@ -105,7 +105,7 @@ class Stream:
         """One batch's states after the layer, [B, T, hidden]; gradients flow if they are on."""
         args, kwargs = self._arguments[states[batch].shape[:2]][layer.name]
         out = module(states[batch].to(self._shell.device), *args, **kwargs)
-        return (out[0] if layer.returns_tuple else out).cpu()
+        return (out[0] if layer.returned else out).cpu()
 
     def digest(self) -> str:
         """sha256 over the states: equal streams, equal digests."""

@@ -20,6 +20,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 KERNEL_KEY = re.compile("(attn|experts)_implementation")  # a value "owner/name" there is code on the Hub
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FETCHED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
+FLOATS = ("Infinity", "-Infinity", "NaN")
 SKIPPED = ["*/*", "consolidated*"]  # folders (other runtimes' copies), Mistral's second copy of the weights
 
 
@@ -114,7 +115,8 @@ def check_config(path: Path, config: dict[str, Any], trust_remote_code: bool) ->
         if key == "auto_map" and not trust_remote_code:
             raise CheckpointError(f"{option}: the model needs its own code; read it, then pass trust_remote_code")
         kernel = isinstance(value, str) and "/" in value and KERNEL_KEY.search(where)
-        if key.startswith("__") or key.endswith("_internal") or key == "trust_remote_code" or kernel:
+        number = key == "__float__" and value in FLOATS  # as transformers writes what JSON has no word for
+        if (key.startswith("__") and not number) or key.endswith("_internal") or key == "trust_remote_code" or kernel:
             raise CheckpointError(f"{option}: can make a loader run foreign code; remove the key")
 
 

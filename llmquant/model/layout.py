@@ -8,6 +8,7 @@ elementwise into which. Where a layer has experts, all of them are called for al
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -42,10 +43,17 @@ FAMILIES = {
     "gemma2": LLAMA._replace(norm_offset=1.0),
     "gemma3_text": LLAMA._replace(norm_offset=1.0),
     "phi3": Family(attention=("self_attn.qkv_proj", "self_attn.o_proj"), mlp=("mlp.gate_up_proj", "mlp.down_proj")),
+    "qwen3_next": Family(norm_offset=1.0, mlp=LLAMA.mlp),
+    "qwen3_5_text": Family(norm_offset=1.0, mlp=LLAMA.mlp),
     # ReLU commutes with a positive scale, so fc1 folds into fc2 although it stands before the activation.
     "opt": Family(attention=("self_attn.v_proj", "self_attn.out_proj"), mlp=("fc1", "fc2")),
     "gpt_neox": Family(),
 }
+
+
+# What a linear attention forgets by and writes by, a row or two for each head. They are kept as they are: they are few,
+# and what they say is multiplied up over all tokens that follow.
+GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,12 @@ class Layer:
     name: str
     groups: tuple[Group, ...]  # in the order of the forward pass
     folds: tuple[tuple[str, str], ...]  # (source, target): scales on target's columns fold into source's last rows
-    returns_tuple: bool
+    returned: int  # how much the tuple holds that its forward pass returns; 0: it returns hidden states alone
     norm_offset: float | None = None  # of the norms, which multiply by (weight + it); None: unknown, nothing folds
+
+    def as_returned(self, states: Tensor) -> Any:
+        """Hidden states as the forward pass returns them, with nothing for what else there is."""
+        return (states, *[None] * (self.returned - 1)) if self.returned else states
 
     @property
     def mixture(self) -> str | None:
@@ -82,10 +94,10 @@ class Layout:
     model_type: str
     layers: tuple[Layer, ...]
     shapes: dict[str, tuple[int, int]]  # every nn.Linear -> (m, n)
-    routers: tuple[str, ...] = ()  # linears and other modules that send tokens to experts
+    routers: tuple[str, ...] = ()  # linears and other modules that send tokens to experts, and gates
 
     def linears(self) -> list[str]:
-        """The linears inside decoder layers, in forward order; without routers, which are kept as they are."""
+        """The linears inside decoder layers, in forward order; without routers and gates, which are kept."""
         return [name for layer in self.layers for group in layer.groups for name in group.linears]
 
 
@@ -100,20 +112,28 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
         unfuse(model)
     layers = decoder_layers(model, config)
-    routing = tuple(f"{name}.{router}" for name, module in layers.items() for router in routers(module))
+    routing = tuple(
+        f"{name}.{kept}" for name, module in layers.items() for kept in chain(routers(module), gates(module))
+    )
     for name, module in layers.items():
         _check_weights(name, module, config, routing)
-    calls, tuples = _watch(model, layers, mode, routing)
+    calls, returned = _watch(model, layers, mode, routing)
     family = FAMILIES.get(config.model_type, Family(norm_offset=None))
     return Layout(
         model_type=config.model_type,
         layers=tuple(
-            _layer(name, module, calls, family, config, routing, returns_tuple=name in tuples)
+            _layer(name, module, calls, family, config, routing, returned=returned.get(name, 0))
             for name, module in layers.items()
         ),
         shapes={n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
         routers=routing,
     )
+
+
+def gates(layer: nn.Module) -> list[str]:
+    """The linears of a layer that are `GATES`."""
+    linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linears if name.rpartition(".")[2] in GATES]
 
 
 def decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> dict[str, nn.Module]:
@@ -123,6 +143,7 @@ def decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> dict[str
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
+        and not isinstance(module, Experts)
         and len(module) == count
         and all(any(isinstance(m, nn.Linear) for m in layer.modules()) for layer in module)
     }
@@ -137,8 +158,15 @@ def decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> dict[str
 
 
 def _check_weights(name: str, layer: nn.Module, config: PretrainedConfig, routing: tuple[str, ...]) -> None:
-    """Refuse a layer with weights that no linear owns: skipped in silence, they would stay in 16 bits."""
-    weights = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Linear)}
+    """Refuse a layer with weights that no linear owns: skipped in silence, they would stay in 16 bits.
+
+    Convolutions of each channel for itself may: these are a few numbers for each.
+    """
+    weights = {
+        id(module.weight)
+        for module in layer.modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == module.in_channels)
+    }
     for parameter, tensor in layer.named_parameters(prefix=name):
         if tensor.dim() > 1 and id(tensor) not in weights and parameter.rpartition(".")[0] not in routing:
             raise ArchitectureError(
@@ -147,37 +175,42 @@ def _check_weights(name: str, layer: nn.Module, config: PretrainedConfig, routin
             )
 
 
+class _Kept:
+    """The kind of a linear that is kept as it is."""
+
+
 class _Call(NamedTuple):
     module: str
-    kind: type  # nn.Linear, Experts, or nn.Module for norms
+    kind: type  # nn.Linear, _Kept, Experts, or nn.Module for norms
     source: int  # storage of the input
     result: int  # storage of the output
 
 
 def _watch(
     model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTensorMode, routing: tuple[str, ...]
-) -> tuple[list[_Call], set[str]]:
-    """Run the fake model once. Returns the calls of linears, experts and norms, and the layers that return tuples."""
+) -> tuple[list[_Call], dict[str, int]]:
+    """Run the fake model once. Returns the calls of linears, experts and norms, and what layers return; see Layer."""
     calls: list[_Call] = []
-    tuples: set[str] = set()
+    returned: dict[str, int] = {}
     alive: list[Tensor] = []  # a storage that is freed could lend its identity to another
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         source = args[0] if args else next(iter(kwargs.values()))
         alive.extend((source, out))
-        kind = next(kind for kind in (nn.Linear, Experts, nn.Module) if isinstance(module, kind))
+        kind: type = next(kind for kind in (nn.Linear, Experts, nn.Module) if isinstance(module, kind))
+        if name in routing:
+            kind = _Kept
         calls.append(_Call(name, kind, _storage(source), _storage(out)))
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             module.forward = module.everywhere  # type: ignore[method-assign]
-        linear = isinstance(module, nn.Linear) and name not in routing
-        if linear or isinstance(module, Experts) or type(module).__name__.endswith("Norm"):
+        if isinstance(module, nn.Linear | Experts) or type(module).__name__.endswith("Norm"):
             hook = lambda module, args, kwargs, out, name=name: record(name, module, args, kwargs, out)  # noqa: E731
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
     for name, layer in layers.items():
-        notice = lambda _, __, out, name=name: tuples.add(name) if isinstance(out, tuple) else None  # noqa: E731
+        notice = lambda _, __, out, name=name: returned.update({name: len(out) if isinstance(out, tuple) else 0})  # noqa: E731
         handles.append(layer.register_forward_hook(notice))
     try:
         with torch.no_grad(), mode:
@@ -190,7 +223,7 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-    return calls, tuples
+    return calls, returned
 
 
 def _storage(tensor: Tensor) -> int:
@@ -205,12 +238,12 @@ def _layer(
     config: PretrainedConfig,
     routing: tuple[str, ...],
     *,
-    returns_tuple: bool,
+    returned: int,
 ) -> Layer:
     inside = [call for call in calls if call.module.startswith(name + ".")]
     produced_by_norm = {call.result: call.module for call in inside if call.kind is nn.Module}
-    # Experts, and routers beside them, receive what a norm makes: no scale on the columns of a group folds into it.
-    shared = {call.module: call.source for call in inside if call.kind is Experts}
+    # Experts and what is kept receive what a norm makes, too: no scale on the columns of a group folds into it.
+    shared = {call.module: call.source for call in inside if call.kind in (Experts, _Kept)}
     members: dict[int, list[str]] = {}
     for call in inside:
         if call.kind is nn.Linear:
@@ -228,7 +261,7 @@ def _layer(
             source = shared[experts]  # of which each expert receives some tokens
         norm = produced_by_norm.get(source)
         groups.append(Group(tuple(names), norm, source not in shared.values(), experts is not None))
-    return Layer(name, tuple(groups), _folds(name, linears, family, config), returns_tuple, family.norm_offset)
+    return Layer(name, tuple(groups), _folds(name, linears, family, config), returned, family.norm_offset)
 
 
 def _folds(name: str, linears: set[str], family: Family, config: PretrainedConfig) -> tuple[tuple[str, str], ...]:

@@ -72,6 +72,6 @@ def _return(states: Tensor, layer: Layer, module: nn.Module) -> None:
     """In the place of what a layer makes of its input, whatever that is."""
 
     def forward(*_: Any, **__: Any) -> Any:
-        return (states,) if layer.returns_tuple else states
+        return layer.as_returned(states)
 
     module.forward = MethodType(forward, module)

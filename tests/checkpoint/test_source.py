@@ -162,6 +162,7 @@ CONFIGS = {
     "kernel_by_part": ({"attn_implementation": {"text": "evil/kernel"}}, "'attn_implementation.text': can make"),
     "trust_nested": ({"text_config": {"trust_remote_code": True}}, "'text_config.trust_remote_code': can make"),
     "dunder": ({"__class__": "x"}, "'__class__': can make a loader run foreign code"),
+    "dunder_number": ({"limit": {"__float__": "os.system"}}, "'limit.__float__': can make a loader run foreign code"),
     "nested_deep": (json.loads('{"a":' * 50 + "1" + "}" * 50), "is nested too deep"),
     "newline_in_a_key": ({"a\nb_internal": 1}, r"'a\\nb_internal': can make"),
 }

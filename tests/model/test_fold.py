@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3_5TextConfig
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.model.fold import LinearFold, NormFold
@@ -17,6 +17,8 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "v
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 4}
 LLAMA = LlamaConfig(**GATED)
 GEMMA = Gemma2Config(head_dim=8, sliding_window=8, **GATED)
+STATES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+HYBRID = Qwen3_5TextConfig(head_dim=8, layer_types=["linear_attention"], **STATES, **GATED)
 OPT = OPTConfig(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, **SIZES)
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -36,7 +38,7 @@ def scales(n: int) -> torch.Tensor:
     return torch.exp2(torch.randint(-2, 3, (n,), generator=torch.Generator().manual_seed(1)).float())
 
 
-@pytest.mark.parametrize("config", [LLAMA, GEMMA, OPT], ids=lambda c: c.model_type)
+@pytest.mark.parametrize("config", [LLAMA, GEMMA, OPT, HYBRID], ids=lambda c: c.model_type)
 def test_into_every_norm(config: PretrainedConfig, tmp_path: Path) -> None:
     shell = build(config, tmp_path)
     layer = derive_layout(shell.config).layers[0]
@@ -44,7 +46,7 @@ def test_into_every_norm(config: PretrainedConfig, tmp_path: Path) -> None:
         shell.model.tie_weights()
         before = shell.model(input_ids=IDS, use_cache=False).logits
         for group in layer.groups:
-            if group.norm:
+            if group.norm and group.foldable:
                 fold = NormFold(shell, group.norm, layer.norm_offset)
                 s = fold.settle(scales(32))
                 for linear in group.linears:

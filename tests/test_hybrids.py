@@ -1,0 +1,93 @@
+"""Models whose layers are not all attention: linear attention, state spaces and short convolutions between them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import recipe, write_ids
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from llmquant.model.layout import derive_layout
+from llmquant.pipeline import quantize
+from llmquant.runtime.linear import QuantLinear
+from llmquant.runtime.loader import load
+from llmquant.runtime.transformers_plugin import LlmquantConfig
+
+HYBRIDS = ["qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "bamba"]
+GATED = {"qwen3_5_text": ("in_proj_a", "in_proj_b"), "qwen3_next": ("in_proj_ba",)}
+IDS = torch.arange(3, 83).view(1, 80)  # more than a chunk of linear attention
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def packed(make_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    made: dict[str, Path] = {}
+    ids = write_ids(tmp_path_factory.mktemp("calibration") / "ids.jsonl", 12, 48)
+
+    def make(arch: str) -> Path:
+        if arch not in made:
+            made[arch] = tmp_path_factory.mktemp(arch) / "packed"
+            quantize(make_checkpoint(arch=arch), made[arch], recipe(ids))
+        return made[arch]
+
+    return make
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("arch", HYBRIDS)
+def test_it_is_loaded_as_transformers_loads_it(arch: str, make_checkpoint: Make) -> None:
+    original = make_checkpoint(arch=arch)
+    ours = load(original, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
+    assert torch.allclose(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", GATED)
+def test_gates_are_kept_and_nothing_folds_into_what_they_read(arch: str, make_checkpoint: Make) -> None:
+    layout = derive_layout(AutoConfig.from_pretrained(make_checkpoint(arch=arch)))
+    mixer = "model.layers.0.linear_attn."
+    kept = {f"{mixer}{gate}" for gate in GATED[arch]}
+    assert kept <= set(layout.routers)
+    assert not kept & set(layout.linears())
+    first, last = (group for group in layout.layers[0].groups if group.linears[0].startswith(mixer))
+    assert len(first.linears) == len(kept)  # the other projections of the same input
+    assert (first.norm, first.foldable) == ("model.layers.0.input_layernorm", False)
+    assert (last.linears, last.norm) == ((f"{mixer}out_proj",), None)
+    assert layout.layers[1].groups[0].foldable  # attention
+
+
+@pytest.mark.parametrize("arch", HYBRIDS)
+def test_all_else_is_quantized(arch: str, make_checkpoint: Make, packed: Make) -> None:
+    before, after = (load_file(path / "model.safetensors") for path in (make_checkpoint(arch=arch), packed(arch)))
+    ignored = json.loads((packed(arch) / "config.json").read_text())["quantization_config"]["ignore"]
+    matrices = {name.removesuffix(".weight") for name in before if before[name].dim() == 2 and ".layers." in name}
+    kept = {name for name in matrices if f"{name}.weight" in after}
+    assert {name.rpartition(".")[2] for name in kept} <= {*GATED.get(arch, ()), "gate", "shared_expert_gate"}
+    assert kept <= set(ignored)
+    assert all(torch.equal(after[name], before[name]) for name in before if name in after)
+
+
+@pytest.mark.parametrize("arch", HYBRIDS)
+def test_transformers_computes_the_same_with_our_kernels(arch: str, packed: Make) -> None:
+    told = {"quantization_config": LlmquantConfig(), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(packed(arch), **told).eval()
+    ours = load(packed(arch), torch.float32)
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) >= 10
+    assert torch.equal(logits(model), logits(ours))
+
+
+@pytest.mark.parametrize("arch", HYBRIDS)
+def test_tokens_one_by_one_are_those_of_the_whole(arch: str, packed: Make) -> None:
+    model = load(packed(arch), torch.float32)
+    found = model.generate(IDS[:, :70], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with torch.inference_mode():
+        expected = model(found[:, :-1]).logits[:, 69:].argmax(-1)
+    assert torch.equal(found[:, 70:], expected[:, : found.shape[1] - 70])
