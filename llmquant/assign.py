@@ -78,9 +78,9 @@ def check_mixture(recipe: Recipe, layout: Layout) -> None:
         raise RecipeError("target: mixed precision is not measured for mixtures of experts; give one scheme")
 
 
-def check_towers(recipe: Recipe, towers: tuple[str, ...] | None) -> None:
-    """Raise RecipeError for a layout in which a language model beside towers was never loaded by anybody."""
-    if towers is not None and recipe.format != "compressed-tensors":
+def check_inside(recipe: Recipe, *, inside: bool) -> None:
+    """Raise RecipeError for a layout that a language model inside of a model was never loaded in by anybody."""
+    if inside and recipe.format != "compressed-tensors":
         raise RecipeError(
             f"format: {recipe.format} is not written where a model has more than its language model; "
             "use --format compressed-tensors"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from llmquant.assign import Linear, assign, check_experts, check_mixture, check_towers
+from llmquant.assign import Linear, assign, check_experts, check_inside, check_mixture
 from llmquant.calibration.batches import Calibration
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError, OutputError, RecipeError
@@ -106,7 +106,8 @@ class Plan:
     bytes_in: int
     estimate: Estimate
     all_linears: tuple[str, ...]  # of the model, the output head and what servers make a linear included
-    towers: tuple[str, ...] | None  # see Shell
+    inside: bool  # see Shell, and the next
+    towers: tuple[str, ...]
 
     @property
     def bytes_out(self) -> int:
@@ -178,7 +179,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
     _check_recipe(recipe)
     layout = derive_layout(shell.config, trust_remote_code=shell.source.trust_remote_code)
     check_mixture(recipe, layout)
-    check_towers(recipe, shell.towers)
+    check_inside(recipe, inside=shell.inside)
     drafts = [_draft_outside(shell, layout), *(_draft_layer(layer, recipe, shell, layout) for layer in layout.layers)]
     total = sum(spec_bytes(spec) for draft in drafts for spec in draft.specs.values())
     units = _name_shards(drafts, merged=total <= SHARD_BYTES)
@@ -201,6 +202,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=cost,
         all_linears=(*layout.shapes, *_routers(shell, layout)),
+        inside=shell.inside,
         towers=shell.towers,
     )
     quantization_config(plan)  # a layout may refuse the schemes together
@@ -219,11 +221,11 @@ def _routers(shell: Shell, layout: Layout) -> list[str]:
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` block of config.json; RecipeError if the layout cannot say so."""
-    skipped = [name for name in plan.all_linears if name not in plan.schemes]
-    schemes = plan.schemes
-    if plan.towers is not None:
-        schemes = {by_any_name(name): scheme for name, scheme in schemes.items()}
-        skipped = [*map(by_any_name, skipped), *map(below, plan.towers)]
+    told = by_any_name if plan.inside else str
+    schemes = {told(name): scheme for name, scheme in plan.schemes.items()}
+    skipped = [told(name) for name in plan.all_linears if name not in plan.schemes]
+    if plan.recipe.format == "compressed-tensors":  # whose one scheme would be that of all linears there are
+        skipped += map(below, plan.towers)
     return FORMATS[plan.recipe.format].config_block(schemes, skipped)
 
 
@@ -329,8 +331,7 @@ def _tensor_parallel_notes(units: tuple[Unit, ...], recipe: Recipe, shell: Shell
 
 
 def _refuse_cut(stack: Stack, linear: Linear, recipe: Recipe, shell: Shell, degree: int) -> str | None:
-    layout = FORMATS[recipe.format]
-    return refuse_linear(linear, stack.scheme, layout, shell.config, degree, normed=stack.normed)
+    return refuse_linear(linear, stack.scheme, FORMATS[recipe.format], shell.config, degree, normed=stack.normed)
 
 
 def _outside_notes(shell: Shell) -> list[str]:

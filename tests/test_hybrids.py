@@ -1,21 +1,25 @@
 """Models whose layers are not all attention: linear attention, state spaces and short convolutions between them."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from runs import recipe, write_ids
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmquant.model.layout import derive_layout
 from llmquant.pipeline import quantize
+from llmquant.recipe import Recipe
 from llmquant.runtime.linear import QuantLinear
 from llmquant.runtime.loader import load
 from llmquant.runtime.transformers_plugin import LlmquantConfig
+from llmquant.scheme import Scheme
 
 HYBRIDS = ["qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "bamba"]
 GATED = {"qwen3_5_text": ("in_proj_a", "in_proj_b"), "qwen3_next": ("in_proj_ba",)}
@@ -91,3 +95,19 @@ def test_tokens_one_by_one_are_those_of_the_whole(arch: str, packed: Make) -> No
     with torch.inference_mode():
         expected = model(found[:, :-1]).logits[:, 69:].argmax(-1)
     assert torch.equal(found[:, 70:], expected[:, : found.shape[1] - 70])
+
+
+def test_what_guesses_tokens_ahead_is_copied_and_ignored(make_checkpoint: Make, tmp_path: Path) -> None:
+    """A part of published checkpoints that transformers does not load, and servers do."""
+    original, out = tmp_path / "original", tmp_path / "packed"
+    shutil.copytree(make_checkpoint(arch="qwen3_5_text"), original)
+    tensors = load_file(original / "model.safetensors")
+    tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.ones(128, 64, dtype=torch.bfloat16)
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    plan = quantize(original, out, Recipe(method="rtn", scheme=Scheme(4, 32)))
+    assert any(note.startswith("mtp: ") for note in plan.notes)
+    after = load_file(out / "model.safetensors")
+    assert all(torch.equal(after[name], tensors[name]) for name in tensors if name.startswith("mtp."))
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert any(re.match(rule.removeprefix("re:"), "mtp.layers.0.mlp.up_proj") for rule in ignored if "re:" in rule)
+    assert not any(re.match(rule.removeprefix("re:"), "model.layers.0.mlp.up_proj") for rule in ignored)

@@ -56,11 +56,13 @@ def places(name: str) -> list[str]:
 def towers(names: Iterable[str], stored: Iterable[str]) -> tuple[str, ...]:
     """What stands beside the language model, whose tensors are `stored`: the modules that hold the tensors `names`."""
     own = {_top(name) for name in stored}
-    return tuple(dict.fromkeys(top for top in map(_top, names) if top not in own))
+    return tuple(dict.fromkeys(top for top in map(_top, names) if top and top not in own))
 
 
 def _top(name: str) -> str:
-    return name.removeprefix("model.").partition(".")[0]
+    """The outermost module; none for a tensor that is in no module."""
+    top, dot, _ = name.removeprefix("model.").partition(".")
+    return top if dot else ""
 
 
 def by_any_name(linear: str) -> str:

@@ -196,10 +196,10 @@ def _watch(
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         source = args[0] if args else next(iter(kwargs.values()))
-        alive.extend((source, out))
         kind: type = next(kind for kind in (nn.Linear, Experts, nn.Module) if isinstance(module, kind))
         if name in routing:
-            kind = _Kept
+            kind, out = _Kept, source  # what a router makes is read by no linear, and may be no tensor
+        alive.extend((source, out))
         calls.append(_Call(name, kind, _storage(source), _storage(out)))
 
     handles = []

@@ -72,7 +72,8 @@ class Shell:
         model: the transformers model; a parameter is on the meta device unless its part is filled.
         names: tensor name in the model -> tensor name in the checkpoint. Tied aliases do not appear.
         extra: checkpoint tensors that the model does not have.
-        towers: modules of the checkpoint beside the language model; None if that is all there is.
+        inside: the language model is a part of a model.
+        towers: modules of the checkpoint beside it, as those are that see, or guess several tokens at once.
     """
 
     def __init__(self, source: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
@@ -89,7 +90,8 @@ class Shell:
         self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)
         used = set(self.names.values())
         self.extra = [name for name in source.tensors if name not in used]
-        self.towers = towers(self.extra, used) if inside(whole) else None
+        self.inside = inside(whole)
+        self.towers = towers(self.extra, used)
 
     @contextmanager
     def filled(self, names: list[str]) -> Iterator[None]:
