@@ -76,7 +76,7 @@ def model_card(directory: Path, name: str, base_model: str | None = None) -> str
         metadata |= {"base_model": base, "base_model_relation": "quantized"}
     bits = [f"{recipe.scheme.bits}-bit", f"int{recipe.scheme.bits}"] if recipe else []
     metadata |= {"library_name": "transformers", "tags": ["llmquant", method, *bits]}
-    metadata.setdefault("pipeline_tag", "text-generation")
+    metadata.setdefault("pipeline_tag", "image-text-to-text" if "vision_config" in config else "text-generation")
     parts = [
         f"---\n{ModelCardData(**metadata).to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}",

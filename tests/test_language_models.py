@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from llmquant.card import model_card
 from llmquant.convert import convert
 from llmquant.errors import ArchitectureError, RecipeError
 from llmquant.inspect import inspect_checkpoint
@@ -116,6 +117,10 @@ def test_the_commands_know_the_language_model(packed: Make) -> None:
 def test_the_plan_says_what_is_copied(original: Make) -> None:
     plan = preview(original("llava"), Recipe(method="rtn"))
     assert any("vision_tower" in note and "copied" in note for note in plan.notes)
+
+
+def test_the_card_says_that_it_sees(packed: Make) -> None:
+    assert "pipeline_tag: image-text-to-text" in model_card(packed("llava"), "someone/llava-int4")
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq"])
