@@ -1,12 +1,15 @@
 """Small runs: their calibration text, their recipe, and who watches them; for the tests of several rooms."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from llmquant.observer import Silent
+from llmquant.pipeline import quantize
 from llmquant.plan import Unit
 from llmquant.recipe import Recipe
 
@@ -23,6 +26,22 @@ def recipe(calibration: Path, **options: Any) -> Recipe:
     """For a file of 12 sequences of 48 tokens."""
     values = {"scheme": {"group_size": 32}, "calibration": {"source": str(calibration), "samples": 12, "seq_len": 48}}
     return Recipe.from_dict(values | options)
+
+
+def packer(
+    original: Callable[[str], Path], directories: pytest.TempPathFactory, **options: Any
+) -> Callable[[str], Path]:
+    """`packed("llama")`: the checkpoint of a family by that recipe, made once."""
+    made: dict[str, Path] = {}
+    told = recipe(write_ids(directories.mktemp("calibration") / "ids.jsonl", 12, 48), **options)
+
+    def packed(arch: str) -> Path:
+        if arch not in made:
+            made[arch] = directories.mktemp(arch) / "packed"
+            quantize(original(arch), made[arch], told)
+        return made[arch]
+
+    return packed
 
 
 class Records(Silent):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import recipe, write_ids
+from runs import packer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -29,16 +29,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def packed(make_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    made: dict[str, Path] = {}
-    ids = write_ids(tmp_path_factory.mktemp("calibration") / "ids.jsonl", 12, 48)
-
-    def make(arch: str) -> Path:
-        if arch not in made:
-            made[arch] = tmp_path_factory.mktemp(arch) / "packed"
-            quantize(make_checkpoint(arch=arch), made[arch], recipe(ids))
-        return made[arch]
-
-    return make
+    return packer(lambda arch: make_checkpoint(arch=arch), tmp_path_factory)
 
 
 def logits(model: PreTrainedModel) -> Tensor:

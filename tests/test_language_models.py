@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import towers
-from runs import recipe, write_ids
+from runs import packer
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -15,7 +15,7 @@ from llmquant.card import model_card
 from llmquant.convert import convert
 from llmquant.errors import ArchitectureError, RecipeError
 from llmquant.inspect import inspect_checkpoint
-from llmquant.pipeline import preview, quantize
+from llmquant.pipeline import preview
 from llmquant.recipe import Recipe
 from llmquant.runtime.generate import generate
 from llmquant.runtime.linear import QuantLinear
@@ -42,16 +42,7 @@ def original(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def packed(original: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    made: dict[str, Path] = {}
-    ids = write_ids(tmp_path_factory.mktemp("calibration") / "ids.jsonl", 12, 48)
-
-    def make(arch: str) -> Path:
-        if arch not in made:
-            made[arch] = tmp_path_factory.mktemp(arch) / "packed"
-            quantize(original(arch), made[arch], recipe(ids, overrides=OVERRIDES))
-        return made[arch]
-
-    return make
+    return packer(original, tmp_path_factory, overrides=OVERRIDES)
 
 
 def logits(model: PreTrainedModel) -> Tensor:

@@ -25,12 +25,12 @@ def language_config(config: PretrainedConfig, source: Checkpoint) -> PretrainedC
     Raises:
         ArchitectureError: there are several, or none that transformers can build.
     """
+    if not inside(config):
+        return config
     try:
         text = config.get_text_config(decoder=True)
     except ValueError as error:
         raise ArchitectureError(f"{config.model_type}: which language model is meant? {error}") from error
-    if not inside(config):
-        return config
     if kind := ALONE.get(text.model_type):
         fields = text.to_dict() | {"model_type": kind}
         rope = fields.get("rope_parameters") or {}

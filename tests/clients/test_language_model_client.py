@@ -1,20 +1,17 @@
 """transformers with the compressed-tensors package loads models that see, too, whose language model is packed."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import towers
 from client_checks import distance, needs
 from transformers import AutoModelForImageTextToText
 
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
 from llmquant.runtime.loader import load
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import towers
 
 pytestmark = needs("compressed_tensors")
 
