@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -24,12 +25,13 @@ def read_config(source: Checkpoint) -> PretrainedConfig:
 
 
 def read_whole_config(source: Checkpoint) -> PretrainedConfig:
-    """The same of the model that the language model may be a part of."""
+    """The same of the model that the language model may be a part of; raises ArchitectureError, too."""
     try:
         config = AutoConfig.from_pretrained(source.root, trust_remote_code=source.trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         kind = source.config.get("model_type")
-        reason = str(error).splitlines()[0]
+        checked = isinstance(error, StrictDataclassError)  # its cause says in one line which value is wrong
+        reason = str(error.__cause__ if checked and error.__cause__ else error).splitlines()[0]
         raise ArchitectureError(
             f"{source.root / 'config.json'}: model_type {kind!r} cannot be used: {reason}"
         ) from error

@@ -94,6 +94,8 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
     "unknown architecture": (edit_config(model_type="never_heard_of"), "never_heard_of"),
+    "wrong kind of value": (edit_config(hidden_size="64"), "'hidden_size' expected int"),
+    "language model that is none": (edit_config(model_type="llava", text_config="llama"), "'text_config'"),
     "code needed": (edit_config(auto_map={"AutoModelForCausalLM": "evil.Model"}), "trust_remote_code"),
     "kernel from the Hub": (edit_config(_attn_implementation_internal="x/y"), "foreign code"),
     "wrong sizes": (edit_config(intermediate_size=96), "config.json asks for (96, 32)"),
