@@ -25,7 +25,7 @@ TORCH_CUDA = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
 VARIABLE = "LLMQUANT_BACKEND"
 BACKENDS = ("native", "cuda", "triton", "reference")
 GPU_BACKENDS = ("cuda", "triton")  # the better one first
-ABI, CUDA_ABI = 7, 5
+ABI, CUDA_ABI = 7, 6
 OLDEST = (8, 0)  # compute capability that csrc/cuda and Triton serve
 
 

@@ -30,18 +30,21 @@ INSTRUCTIONS = {
     "LDG.128": r"LDG\.E\S*\.128",  # loads of 16 bytes
     "UBLKCP": r"UBLKCP\b",  # copies by the copy engine
     "UTMALDG": r"UTMALDG\.2D",  # and of boxes
+    "UTMASTG": r"UTMASTG\.2D",  # of boxes, back to memory
+    "STSM": r"STSM\.16\.MT88\.4",  # stmatrix.x4, transposed
     "STAS": r"STAS\b",  # st.async to another block of the cluster
     "local": r"(?:LDL|STL)\b",  # memory for what registers have no room for
 }
 WAIT = "ACQBULK"  # griddepcontrol.wait; ptxas may move loads across it
 PRODUCT, FENCE = r"\bHG?MMA\.", r"MEMBAR\.\w+\.GPU"
 GROUP_PRODUCT, ALL_DONE = r"\bHGMMA\.", r"DEPBAR\.LE gsb0, 0x0"
-# Which of them a kernel cannot do without.
-NEEDED = {"stream": ("HMMA", "LDSM", "LDGSTS", "LDG.128"), "multiply_tiles": ("HMMA", "LDSM", "LDGSTS", "LDG.128")}
+# Which of them kernels of a name cannot do without.
+NEEDED = {r"(stream|multiply_tiles)<": ("HMMA", "LDSM", "LDGSTS", "LDG.128")}
 # On sm_90a; for others they are empty.
 HOPPER = {
-    "multiply_groups": ("HGMMA", "UBLKCP", "UTMALDG"),
-    "stream_in_cluster": ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STAS"),
+    r"multiply_groups<": ("HGMMA", "UBLKCP", "UTMALDG"),
+    r"multiply_groups<.*, true>": ("STSM", "UTMASTG"),
+    r"stream_in_cluster<": ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STAS"),
 }
 
 
@@ -69,7 +72,8 @@ class Kernel(NamedTuple):
         found += ["a fence of the device in its loop"] if self.fenced else []
         found += ["sums are used before they are there"] if self.early else []
         found += ["addresses that are not known to be uniform"] if self.moved else []
-        needed = (NEEDED | (HOPPER if self.architecture == "90a" else {})).get(re.split(r"[<(]", name)[0], ())
+        rules = NEEDED | (HOPPER if self.architecture == "90a" else {})
+        needed = [kind for pattern, kinds in rules.items() if re.match(pattern, name) for kind in kinds]
         return found + [f"no {kind}" for kind in needed if not self.instructions[kind]]
 
 

@@ -121,10 +121,7 @@ inline void load_matrices(uint32_t (&b)[4], const void* row) {
     emulated::expect_aligned(row);
     emulated::meet_warp(own, [](Operands** all) {
         for (int matrix = 0; matrix < 4; ++matrix) {
-            int rows_in[8] = {};  // each 16 bytes wide group of banks
-            for (int i = 0; i < 8; ++i) ++rows_in[(all[8 * matrix + i]->row - shared_memory()) / 16 % 8];
-            emulated::Machine& m = emulated::machine();
-            m.worst_conflict = std::max(m.worst_conflict, *std::max_element(rows_in, rows_in + 8));
+            emulated::count_conflicts([&](int i) { return all[8 * matrix + i]->row; });
             for (int lane = 0; lane < LANES; ++lane)
                 std::memcpy(&all[lane]->b[matrix], all[8 * matrix + lane / 4]->row + 4 * (lane % 4), 4);
         }

@@ -133,7 +133,7 @@ inline void start_box(Block& block, void* to, const BoxMap& map, int column, int
         for (int t = 0; t < map.box_tokens; ++t)
             for (int c = 0; c < map.box_columns; ++c) {
                 const bool there = token + t < map.tokens && column + c < map.columns;
-                const uint16_t number = there ? map.from[(token + t) * map.stride + column + c] : 0;
+                const uint16_t number = there ? map.numbers[(token + t) * map.stride + column + c] : 0;
                 std::memcpy(to + t * row + ((c / 8 ^ t % 8) * 16 + c % 8 * 2), &number, 2);
             }
     });
@@ -147,6 +147,53 @@ inline void copy_box(void* to, const BoxMap& map, int column, int token, Barrier
 inline void copy_box_to_both(void* to, const BoxMap& map, int column, int token, Barrier* barrier) {
     if (emulated::machine().cluster.size() != 2) emulated::fail("a cluster that is not of two blocks");
     for (int rank = 0; rank < 2; ++rank) emulated::start_box(emulated::block_of(rank), to, map, column, token, barrier);
+}
+
+// Late where copies to shared memory are early: so a place that is free too soon is found.
+inline void leave_box(const void* from, const BoxMap& map, int column, int token) {
+    emulated::expect_shared(from, int64_t{2} * map.box_columns * map.box_tokens, 1024);
+    if (map.box_columns != 64) emulated::fail("a box of another width than its swizzle has");
+    const auto own = emulated::own_block().threads.begin() + emulated::machine().running / WARPGROUP * WARPGROUP;
+    if (std::any_of(own, own + WARPGROUP, [](const emulated::Thread& thread) { return thread.unseen; }))
+        emulated::fail("a copy of what the copy engine does not see yet");
+    const auto leave = [=, from = static_cast<const unsigned char*>(from)] {
+        for (int t = 0; t < map.box_tokens && token + t < map.tokens; ++t)
+            for (int c = 0; c < 64 && column + c < map.columns; ++c)
+                std::memcpy(const_cast<uint16_t*>(map.numbers) + (token + t) * map.stride + column + c,
+                            from + t * 128 + ((c / 8 ^ t % 8) * 16 + c % 8 * 2), 2);
+    };
+    if (emulated::machine().late)
+        leave();
+    else
+        emulated::own_thread().leaving.push_back(leave);
+}
+inline void await_left() {
+    for (const auto& leave : std::exchange(emulated::own_thread().leaving, {})) leave();
+}
+inline void show_copies() { emulated::own_thread().unseen = false; }
+
+inline void store_transposed(const uint32_t (&pairs)[4], void* row) {
+    struct Operands {
+        const uint32_t* pairs;
+        unsigned char* row;
+    } own = {pairs, static_cast<unsigned char*>(row)};
+    emulated::expect_aligned(row);
+    emulated::own_thread().unseen = true;
+    emulated::meet_warp(own, [](Operands** all) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            emulated::count_conflicts([&](int i) { return all[8 * matrix + i]->row; });
+            for (int lane = 0; lane < LANES; ++lane)
+                for (int i = 0; i < 2; ++i) {
+                    const uint32_t pair = all[lane]->pairs[matrix];
+                    const auto number = static_cast<uint16_t>(pair >> 16 * i);
+                    std::memcpy(all[8 * matrix + lane % 4 * 2 + i]->row + 2 * (lane / 4), &number, 2);
+                }
+        }
+    });
+}
+
+inline void sync_warpgroup(int group) {
+    emulated::meet(emulated::own_block().warpgroups[group], WARPGROUP, [] {});
 }
 
 inline void prefetch_map(const BoxMap&) {}

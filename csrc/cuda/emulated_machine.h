@@ -66,6 +66,8 @@ struct Thread {
     bool ended = false;
     int64_t awaited = 0;  // round of the cluster's meeting
     std::vector<std::vector<Copy>> groups;
+    std::vector<std::function<void()>> leaving;  // copies from shared memory
+    bool unseen = false;                         // it has written what the copy engine does not see yet
 };
 
 // Where threads wait for each other.
@@ -84,7 +86,7 @@ struct Block {
     bool begun = false;
     std::vector<Thread> threads;
     std::vector<Meeting> warps;
-    Meeting everyone, some;
+    Meeting everyone, some, warpgroups[2];
     std::map<const void*, Phase> barriers;
     std::unique_ptr<Shared> memory;
 
@@ -104,7 +106,7 @@ struct Machine {
     ucontext_t scheduler;
     int member = 0, running = 0;  // the block that has its turn, and its thread
     int shared_bytes = 0;
-    int worst_conflict = 0;  // of ldmatrix: rows of one matrix in the same banks; 1 is none
+    int worst_conflict = 0;  // of ldmatrix and stmatrix: rows of one matrix in the same banks; 1 is none
     std::string failure;
     int64_t steps = 0;  // of the scheduler: when nothing moves on any more, threads wait for each other forever
 };
@@ -150,12 +152,22 @@ void meet_warp(Operands& own, Work work) {
     meet(warp, LANES, [&] { work(reinterpret_cast<Operands**>(warp.operands)); });
 }
 
+// Of the 8 rows of a matrix, 16 bytes each, that are read or written at once.
+template <class Row>
+void count_conflicts(Row row) {
+    int rows_in[8] = {};  // each 16 bytes wide group of banks
+    for (int i = 0; i < 8; ++i) ++rows_in[(row(i) - own_memory()) / 16 % 8];
+    machine().worst_conflict = max(machine().worst_conflict, *std::max_element(rows_in, rows_in + 8));
+}
+
 // A thread that will run `body` when it has its turn.
 inline void begin(Thread& thread, void (*body)()) {
     if (!thread.stack) thread.stack.reset(new char[STACK]);
     thread.ended = false;
     thread.awaited = 0;
     thread.groups.assign(1, {});
+    thread.leaving.clear();
+    thread.unseen = false;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = STACK;
@@ -179,7 +191,7 @@ void run_cluster(const Launch& launch, int cluster, int first, const Body& body,
         block.index = first + member;
         block.begun = false;
         block.warps.assign(count / LANES, Meeting());
-        block.everyone = block.some = Meeting();
+        block.everyone = block.some = block.warpgroups[0] = block.warpgroups[1] = Meeting();
         block.barriers.clear();
         if (!block.memory) block.memory.reset(new Shared);
         std::memset(block.memory->bytes, 0xff, MOST_SHARED);
@@ -188,6 +200,7 @@ void run_cluster(const Launch& launch, int cluster, int first, const Body& body,
             begin(
                 block.threads[i], +[] {
                     (*current)();
+                    if (!own_thread().leaving.empty()) fail("a copy from a block's memory that is over before it");
                     own_thread().ended = true;
                     yield();
                 });
@@ -195,8 +208,14 @@ void run_cluster(const Launch& launch, int cluster, int first, const Body& body,
         }
     }
     if (m.seed) std::shuffle(order.begin(), order.end(), random);
-    // One block has a turn only when the others have come as far as they can without it.
-    int slow = m.seed && cluster > 1 ? static_cast<int>(random() % static_cast<unsigned>(cluster)) : -1;
+    // Some have a turn only when the others have come as far as they can without them: a block, or four warps of one.
+    constexpr int FOUR_WARPS = 4 * LANES;
+    const auto draw = [&](int count) { return static_cast<int>(random() % static_cast<unsigned>(count)); };
+    int slow = m.seed ? draw(cluster) : -1, slow_first = 0, slow_end = launch.threads;
+    if (cluster == 1 || draw(2)) {
+        slow_first = draw(max(1, launch.threads / FOUR_WARPS)) * FOUR_WARPS;
+        slow_end = slow_first + FOUR_WARPS;
+    }
     for (bool going = true; going && m.failure.empty();) {
         going = false;
         const bool held = m.steps < 3;
@@ -206,7 +225,7 @@ void run_cluster(const Launch& launch, int cluster, int first, const Body& body,
             m.running = index;
             Thread& thread = own_thread();
             if (thread.ended || !m.failure.empty()) continue;
-            if (member == slow && held) {
+            if (held && member == slow && index >= slow_first && index < slow_end) {
                 left = true;
                 continue;
             }

@@ -7,14 +7,16 @@
 
 namespace llmquant::cuda {
 
-// Tokens and columns of 16-bit numbers in memory, of which the copy engine takes boxes; past their ends there are
-// zeros.
+// Tokens and columns of 16-bit numbers in memory, of which the copy engine takes boxes. Past their ends there are
+// zeros, and nothing is written.
 struct Boxes {
-    const uint16_t* from;
+    const uint16_t* numbers;
     int64_t columns, tokens, stride;
     int box_columns, box_tokens;
     bool fp16;
 };
+
+constexpr int WARPGROUP = 4 * LANES;  // its threads
 
 }  // namespace llmquant::cuda
 
@@ -157,6 +159,26 @@ __device__ __forceinline__ void copy_box_to_both(void* to, const BoxMap& map, in
         : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit numbers, of which each lane has two of a row, become rows in shared memory of what were
+// their columns; this lane names where one of them goes.
+__device__ __forceinline__ void store_transposed(const uint32_t (&pairs)[4], void* row) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+                 : "memory");
+}
+// What this thread has written to shared memory is there for the copy engine.
+__device__ __forceinline__ void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The way back of copy_box: what is past the ends is left out. Boxes of this thread leave together, and are awaited
+// until they have been read from shared memory.
+__device__ __forceinline__ void leave_box(const void* from, const BoxMap& map, int column, int token) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];\n"
+        "cp.async.bulk.commit_group;" ::"l"(reinterpret_cast<uint64_t>(&map)),
+        "r"(column), "r"(token), "r"(shared_address(from))
+        : "memory");
+}
+__device__ __forceinline__ void await_left() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 inline int64_t map_boxes(const Boxes& boxes, BoxMap* map) {
     static const auto encode = [] {
         void* function = nullptr;
@@ -171,7 +193,7 @@ inline int64_t map_boxes(const Boxes& boxes, BoxMap* map) {
     const cuuint32_t steps[] = {1, 1};
     const CUresult error =
         encode(map, boxes.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-               const_cast<uint16_t*>(boxes.from), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               const_cast<uint16_t*>(boxes.numbers), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return error ? cudaErrorInvalidValue : cudaSuccess;
 }
@@ -245,6 +267,11 @@ __device__ __forceinline__ void await_sums(float (&sums)[ROWS][COUNT]) {
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
         for (int j = 0; j < COUNT; ++j) asm volatile("" : "+f"(sums[i][j]));
+}
+
+// The threads of a warpgroup meet, which is that one of its block.
+__device__ __forceinline__ void sync_warpgroup(int group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 2), "n"(WARPGROUP) : "memory");  // 0 and 1 are those of device.h
 }
 
 // How many registers each thread of this warpgroup has from here on.

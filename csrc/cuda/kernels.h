@@ -52,7 +52,7 @@ struct Path {
     bool pairs = false;
 };
 
-extern const Path gemv, cluster, gemm, wgmma, pairs, split;
+extern const Path gemv, cluster, gemm, wgmma, pairs, boxes, split;
 
 int64_t start_pack(const LlmquantCudaWeight& weight, const uint8_t* codes, const float* scales, const uint8_t* zeros,
                    void* stream);

@@ -18,7 +18,7 @@
 #define LLMQUANT_CUDA_EXPORT
 #endif
 
-#define LLMQUANT_CUDA_ABI 5 /* a change of anything below needs a new value */
+#define LLMQUANT_CUDA_ABI 6 /* a change of anything below needs a new value */
 
 /* Kinds of numbers, numbered as in csrc/cpu/linear.h. */
 enum { LLMQUANT_CUDA_BF16, LLMQUANT_CUDA_FP16, LLMQUANT_CUDA_FP32 };
@@ -31,6 +31,7 @@ enum {
     LLMQUANT_CUDA_GEMM,       /* any number of tokens */
     LLMQUANT_CUDA_WGMMA,      /* any number of tokens, on sm_90 alone */
     LLMQUANT_CUDA_PAIRS,      /* the same for more than 64, and two blocks share what they read of the activations */
+    LLMQUANT_CUDA_BOXES,      /* as pairs, but the copy engine takes results away while the next ones are computed */
     LLMQUANT_CUDA_SPLIT,      /* as wgmma, but the blocks of a cluster have a tile's columns, and add up their sums */
     LLMQUANT_CUDA_DEQUANTIZE, /* not done here: the caller dequantizes slabs of rows and multiplies them by cuBLAS */
 };
@@ -92,7 +93,8 @@ typedef struct LlmquantCudaLinear {
 } LlmquantCudaLinear;
 
 /* Which path the table chooses for so many tokens on the current device, or the one that task->path names, if it can
- * compute this: one of LLMQUANT_CUDA_GEMV, _CLUSTER, _GEMM, _WGMMA, _PAIRS, _SPLIT and _DEQUANTIZE; or an error. */
+ * compute this: one of LLMQUANT_CUDA_GEMV, _CLUSTER, _GEMM, _WGMMA, _PAIRS, _BOXES, _SPLIT and _DEQUANTIZE; or an
+ * error. */
 LLMQUANT_CUDA_EXPORT int64_t llmquant_cuda_path(const LlmquantCudaLinear* task);
 
 /* What llmquant_cuda_linear needs: sizes[0] bytes of partials, sizes[1] tickets. `sizes` is in host memory. */

@@ -22,6 +22,8 @@ const Path& path_of(int64_t path) {
             return wgmma;
         case LLMQUANT_CUDA_PAIRS:
             return pairs;
+        case LLMQUANT_CUDA_BOXES:
+            return boxes;
         case LLMQUANT_CUDA_SPLIT:
             return split;
         default:
@@ -54,10 +56,11 @@ int64_t check_path(const LlmquantCudaLinear& task, const Device& device) {
     if (task.path < LLMQUANT_CUDA_AUTO || task.path > LLMQUANT_CUDA_DEQUANTIZE) return LLMQUANT_CUDA_BAD_PATH;
     const bool clusters = task.path == LLMQUANT_CUDA_CLUSTER;
     const bool hopper = task.path >= LLMQUANT_CUDA_WGMMA && task.path <= LLMQUANT_CUDA_SPLIT;
-    const bool wrong = (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) ||
-                       (clusters && (task.tokens > MOST_GEMV_TOKENS || device.capability < 90)) ||
-                       (task.path == LLMQUANT_CUDA_PAIRS && task.tokens <= MOST_SINGLE_TOKENS) ||
-                       (hopper && device.capability != 90);
+    const bool wrong =
+        (task.path == LLMQUANT_CUDA_GEMV && task.tokens > MOST_GEMV_TOKENS) ||
+        (clusters && (task.tokens > MOST_GEMV_TOKENS || device.capability < 90)) ||
+        ((task.path == LLMQUANT_CUDA_PAIRS || task.path == LLMQUANT_CUDA_BOXES) && task.tokens <= MOST_SINGLE_TOKENS) ||
+        (hopper && device.capability != 90);
     return wrong ? LLMQUANT_CUDA_BAD_PATH : 0;
 }
 

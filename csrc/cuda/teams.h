@@ -124,6 +124,42 @@ __device__ __forceinline__ void write(const Product& product, int row_tile, int 
                                     [&](int i, int b) { return &sums[j][4 * i + 2 * b]; });
 }
 
+// The same by way of shared memory, where a stage's x was, which nobody needs any more when all of the block are here:
+// each warpgroup puts its 64 rows of all tokens together there, and the copy engine takes them away. The thread that
+// has asked for that awaits it.
+template <class T, int TOKENS>
+__device__ __forceinline__ void leave(const Product& product, const BoxMap& y, int row_tile, int token_tile,
+                                      Stage<TOKENS>& stage, const Sums<TOKENS>& sums) {
+    static_assert(GROUPS == TILES<TOKENS> && GROUPS == BOXES && TILE == BOX,
+                  "a warpgroup has a box, and there is room");
+    sync_threads<CONSUMERS>();
+    const Part<TOKENS> part;
+    const int tile_row = (row_tile * TILES<TOKENS> + part.tile) * TILE, rows = product.weight.layout.rows;
+    float bias[2];
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+        const int row = row_tile * TILES<TOKENS> * TILE + part.row(0, 2 * b);
+        bias[b] = row < rows ? bias_at(product, row) : 0;
+    }
+    // Of 16 tokens four matrices, and which of their rows this lane names.
+    const int token = part.lane / 16 * 8 + part.lane % 8, granule = 2 * part.word + part.lane / 8 % 2;
+    Words* to = stage.x[part.group] + activations_at(BOX / GRANULE, token, granule);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i += 2) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            const float* two = &sums[0][4 * (i + m / 2) + 2 * (m % 2)];
+            pairs[m] = to_pair<T>(two[0] + bias[m % 2], two[1] + bias[m % 2]);
+        }
+        store_transposed(pairs, to + 8 * i * (BOX / GRANULE));
+    }
+    show_copies();
+    sync_warpgroup(part.group);
+    if (part.thread % WARPGROUP == 0 && tile_row < rows)
+        leave_box(stage.x[part.group], y, tile_row, token_tile * TOKENS);
+}
+
 // Until all threads of the cluster are here.
 __device__ __forceinline__ void meet_cluster() {
     sync_warp();

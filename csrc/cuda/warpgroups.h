@@ -8,7 +8,7 @@
 namespace llmquant::cuda::warpgroups {
 
 constexpr int GROUPS = 2;  // warpgroups that multiply
-constexpr int CONSUMERS = GROUPS * 4 * LANES, THREADS = CONSUMERS + 4 * LANES;
+constexpr int CONSUMERS = GROUPS * WARPGROUP, THREADS = CONSUMERS + WARPGROUP;
 constexpr int STEPS = 8, COLUMNS = STEPS * STEP;  // of a chunk
 constexpr int BOX = 64, BOXES = COLUMNS / BOX;    // columns of activations that are copied at once: 128 bytes
 constexpr int GRIDS = COLUMNS / 32;               // groups of a chunk, at most
@@ -63,6 +63,7 @@ struct Place {
             parity ^= 1;
         }
     }
+    __device__ int before() const { return stage == 0 ? STAGES<TOKENS> - 1 : stage - 1; }
 };
 
 template <int TOKENS>
@@ -76,8 +77,8 @@ struct Part {
     int thread = thread_index();  // of those that multiply
     int lane = thread % LANES, warp = thread / LANES % 4, group = thread / LANES / 4;
     static constexpr int COUNT = TILES<TOKENS>, EACH = OWN<TOKENS>;
-    int tile = warp % COUNT;
-    int word = (group * (4 / COUNT) + warp / COUNT) * EACH;  // the first that is its own
+    int tile = COUNT == 4 ? warp : group;
+    int word = (COUNT == 4 ? group : warp) * EACH;  // the first that is its own
 
     // In the block's tile.
     __device__ int row(int j, int r) const { return tile * TILE + 16 * (word + j) + sum_row(lane, r); }

@@ -5,13 +5,12 @@
 // after the other. Four warps do nothing but ask for chunks, as many ahead as shared memory holds. The other eight are
 // two warpgroups. An instruction multiplies 64 rows, 16 of each warp, and which 16 is free to choose: here those of a
 // word of the codes, which is matrix A as it lies in memory. Warp w of each has tile w of 64 rows; the first warpgroup
-// has words 0 and 1 of every lane, the second 2 and 3. (With 128 rows, warp w has tile w % 2 and word w / 2 of these
-// two.)
+// has words 0 and 1 of every lane, the second 2 and 3. (With 128 rows, each warpgroup has a tile, and warp w word w.)
 //
 // While the tensor cores multiply one step, a warp makes numbers of the codes of the next.
 //
-// How blocks work together, and how a tile ends, is in teams.h. The three ways, wgmma.cu, pairs.cu and split.cu, are
-// compiled at the same time.
+// How blocks work together, and how a tile ends, is in teams.h. The ways, wgmma.cu, pairs.cu, boxes.cu and split.cu,
+// are compiled at the same time.
 #pragma once
 
 #include "path.h"
@@ -22,11 +21,13 @@ namespace llmquant::cuda::warpgroups {
 
 constexpr int RESTART = 12;  // what a second tile costs a block, in chunks: measured 10 to 17
 constexpr int LEAST = 2;     // chunks of a block of a split
+constexpr int MOST_TOKENS = 256;
 
 struct Task {
     Product product;
     BoxMap x;
     int token_tiles;
+    BoxMap y;  // where results leave in boxes
 };
 
 // ---- the warps that ask
@@ -104,18 +105,31 @@ struct Source {
 
 // ---- the warps that multiply
 
-// So many chunks; `shift` is the layout's, and GROUP_STEPS steps or more share scales.
+// Of the arrivals that say that a stage is free, one.
+template <Team TEAM, int TOKENS>
+__device__ __forceinline__ void release(Shared<TOKENS>& shared, int stage) {
+    arrive(&shared.empty[stage]);
+    if (TEAM == Team::PAIR) arrive_at(&shared.empty[stage], side<TEAM>() ^ 1);
+}
+
+// Of a stage that results leave from, all of the warpgroup: by the thread that has asked for that.
+template <Team TEAM, int TOKENS>
+__device__ __forceinline__ void release_left(Shared<TOKENS>& shared, int stage) {
+    if (thread_index() % WARPGROUP) return;
+    await_left();
+#pragma unroll 1
+    for (int i = 0; i < WARPGROUP / LANES * RELEASING; ++i) release<TEAM>(shared, stage);
+}
+
+// So many chunks; `shift` is the layout's, and GROUP_STEPS steps or more share scales. If results are `leaving` from
+// the stage before the first, that is free when a chunk has been multiplied. The last stage is for the caller to
+// release.
 template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
-__device__ __forceinline__ void multiply(Shared<TOKENS>& shared, int shift, int chunks, Place<TOKENS>& place,
-                                         Sums<TOKENS>& sums) {
+__device__ __forceinline__ void multiply(Shared<TOKENS>& shared, int shift, int chunks, bool leaving,
+                                         Place<TOKENS>& place, Sums<TOKENS>& sums) {
     const Part<TOKENS> part;
-    const auto release = [&](int stage) {
-        if (part.lane >= RELEASING) return;
-        arrive(&shared.empty[stage]);
-        if (TEAM == Team::PAIR) arrive_at(&shared.empty[stage], side<TEAM>() ^ 1);
-    };
     Scaling<T, ZEROS> scaling[OWN<TOKENS>];
-    int before = 0;  // the stage
+    int before = place.before();  // the stage
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const Stage<TOKENS>& stage = shared.stages[place.stage];
@@ -143,44 +157,62 @@ __device__ __forceinline__ void multiply(Shared<TOKENS>& shared, int shift, int 
             await_groups<DEPTH - 1>();  // whose numbers make room for the next
             if (step == DEPTH - 2) {
                 sync_warp();  // all lanes have read that stage; in a branch, ptxas would serialize wgmma
-                if (chunk > 0) release(before);
+                if (chunk > 0 && part.lane < RELEASING) release<TEAM>(shared, before);
             }
+            if (step == STEPS - 1 && leaving && chunk == 0) release_left<TEAM>(shared, before);
         }
         before = place.stage;
         place.advance();
     }
     await_sums(sums);
-    sync_warp();
-    release(before);
 }
 
-template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM, bool BOXED>
 __device__ __forceinline__ void consume(const Task& task, Shared<TOKENS>& shared) {
     const Product& product = task.product;
     Place<TOKENS> place;
     constexpr float WORTH = Scaling<T, ZEROS>::WORTH;
+    bool leaving = false;
     const auto sum_up = [&](int chunks, Sums<TOKENS>& sums) {
-        multiply<T, ZEROS, TOKENS, GROUP_STEPS, TEAM>(shared, product.weight.layout.shift, chunks, place, sums);
+        multiply<T, ZEROS, TOKENS, GROUP_STEPS, TEAM>(shared, product.weight.layout.shift, chunks, leaving, place,
+                                                      sums);
+    };
+    const auto release_last = [&] {
+        sync_warp();
+        if (thread_index() % LANES < RELEASING) release<TEAM>(shared, place.before());
     };
     if constexpr (TEAM == Team::SPLIT) {  // without a loop around it, the inner one has fifty instructions less
         Sums<TOKENS> sums = {};
         sum_up(own_units<TEAM>(product.schedule), sums);
+        release_last();
         finish_split<T, TOKENS>(product, task.token_tiles, shared, sums, WORTH);
     } else {
         for (int done = 0; done < own_units<TEAM>(product.schedule);) {
             const Segment segment = own_segment<TEAM>(product.schedule, done);
             Sums<TOKENS> sums = {};
             sum_up(segment.end - segment.begin, sums);
+            if constexpr (!BOXED) release_last();
             if constexpr (WORTH != 1)
 #pragma unroll
                 for (int j = 0; j < OWN<TOKENS>; ++j)
 #pragma unroll
                     for (int i = 0; i < TOKENS / 2; ++i) sums[j][i] *= WORTH;
-            if (is_whole(product.schedule, segment) || add_blocks<TOKENS, TEAM>(product, segment, shared, sums))
-                write<T, TOKENS>(product, segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>(),
-                                 segment.tile % task.token_tiles, sums);
+            const bool mine =
+                is_whole(product.schedule, segment) || add_blocks<TOKENS, TEAM>(product, segment, shared, sums);
+            const int row_tile = segment.tile / task.token_tiles * SIDES<TEAM> + side<TEAM>();
+            const int token_tile = segment.tile % task.token_tiles;
+            if constexpr (BOXED) {
+                leaving = mine;
+                if (mine)
+                    leave<T, TOKENS>(product, task.y, row_tile, token_tile, shared.stages[place.before()], sums);
+                else
+                    release_last();
+            } else if (mine) {
+                write<T, TOKENS>(product, row_tile, token_tile, sums);
+            }
             done += segment.end - segment.begin;
         }
+        if (BOXED) await_left();  // the block's memory goes with it
     }
 }
 
@@ -190,7 +222,7 @@ constexpr int MANY = BLOCKS<TOKENS> == 1 ? 232 : 104;
 template <int TOKENS>
 constexpr int FEW = BLOCKS<TOKENS> == 1 ? 40 : 24;
 
-template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM>
+template <class T, bool ZEROS, int TOKENS, int GROUP_STEPS, Team TEAM, bool BOXED>
 __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const __grid_constant__ Task task) {
 #ifdef LLMQUANT_WGMMA
     let_next_begin();
@@ -209,7 +241,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
     if (thread_index() < CONSUMERS) {
         take_registers<MANY<TOKENS>>();
         if (TEAM == Team::PAIR) await_cluster();
-        consume<T, ZEROS, TOKENS, GROUP_STEPS, TEAM>(task, shared);
+        consume<T, ZEROS, TOKENS, GROUP_STEPS, TEAM, BOXED>(task, shared);
     } else {
         leave_registers<FEW<TOKENS>>();
         Source<TOKENS, ZEROS, TEAM>{task, shared, thread_index() / LANES % 4, thread_index() % LANES}.run();
@@ -221,11 +253,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<TOKENS>) multiply_groups(const
 #endif
 }
 
-template <class T, bool ZEROS, int TOKENS, Team TEAM>
+template <class T, bool ZEROS, int TOKENS, Team TEAM, bool BOXED>
 auto kernel_of(int shift) -> void (*)(Task) {
-    return shift > 2    ? multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM>
-           : shift == 2 ? multiply_groups<T, ZEROS, TOKENS, 4, TEAM>
-                        : multiply_groups<T, ZEROS, TOKENS, 2, TEAM>;
+    return shift > 2    ? multiply_groups<T, ZEROS, TOKENS, STEPS, TEAM, BOXED>
+           : shift == 2 ? multiply_groups<T, ZEROS, TOKENS, 4, TEAM, BOXED>
+                        : multiply_groups<T, ZEROS, TOKENS, 2, TEAM, BOXED>;
 }
 
 template <int COUNT_>
@@ -240,8 +272,8 @@ auto choose_tokens(int64_t tokens, With with) {
     if (tokens <= 16) return with(Tokens<16>());
     if (tokens <= 32) return with(Tokens<32>());
     if (tokens <= 64) return with(Tokens<64>());
-    if (tokens <= 1024 && rounded_up(tokens, 256) != rounded_up(tokens, 128)) return with(Tokens<128>());
-    return with(Tokens<256>());
+    if (tokens <= 1024 && rounded_up(tokens, MOST_TOKENS) != rounded_up(tokens, 128)) return with(Tokens<128>());
+    return with(Tokens<MOST_TOKENS>());
 }
 
 inline int64_t tiles_of_tokens(int64_t tokens) {
@@ -267,30 +299,47 @@ inline int64_t tile_bytes(int64_t tokens) {
     });
 }
 
+template <Team TEAM, int TOKENS, bool BOXED>
+int64_t start_tiles(const Product& product, int64_t kind, void* stream) {
+    const Layout& layout = product.weight.layout;
+    const bool fp16 = kind == LLMQUANT_CUDA_FP16;
+    void (*const kernel)(Task) = product.weight.zeros ? fp16 ? kernel_of<Fp16, true, TOKENS, TEAM, BOXED>(layout.shift)
+                                                             : kernel_of<Bf16, true, TOKENS, TEAM, BOXED>(layout.shift)
+                                 : fp16               ? kernel_of<Fp16, false, TOKENS, TEAM, BOXED>(layout.shift)
+                                                      : kernel_of<Bf16, false, TOKENS, TEAM, BOXED>(layout.shift);
+    Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens)), {}};
+    const Boxes x = {product.x, layout.columns, product.tokens, product.x_stride, BOX, TOKENS / SIDES<TEAM>, fp16};
+    if (const int64_t error = map_boxes(x, &task.x)) return error;
+    if constexpr (BOXED) {
+        const Boxes y = {product.y, layout.rows, product.tokens, layout.rows, BOX, TOKENS, fp16};
+        if (const int64_t error = map_boxes(y, &task.y)) return error;
+    }
+    const int cluster = TEAM == Team::SPLIT ? cluster_of(product.schedule) : TEAM == Team::PAIR ? 2 : 0;
+    return launch(kernel,
+                  {int64_t{product.schedule.blocks} * SIDES<TEAM>, THREADS, sizeof(Shared<TOKENS>), product.overlap,
+                   stream, cluster, TEAM == Team::SPLIT && BLOCKS<TOKENS> > 1},
+                  task);
+}
+
 template <Team TEAM>
 int64_t start(const Product& product, int64_t kind, void* stream) {
     return choose_tokens(product.tokens, [&](auto tile) -> int64_t {
         constexpr int TOKENS = decltype(tile)::COUNT;
-        if constexpr (TEAM == Team::PAIR && TOKENS <= MOST_SINGLE_TOKENS) {
+        if constexpr (TEAM == Team::PAIR && TOKENS <= MOST_SINGLE_TOKENS)
             return LLMQUANT_CUDA_BAD_PATH;
-        } else {
-            const bool fp16 = kind == LLMQUANT_CUDA_FP16;
-            const int shift = product.weight.layout.shift;
-            void (*const kernel)(Task) = product.weight.zeros ? fp16 ? kernel_of<Fp16, true, TOKENS, TEAM>(shift)
-                                                                     : kernel_of<Bf16, true, TOKENS, TEAM>(shift)
-                                         : fp16               ? kernel_of<Fp16, false, TOKENS, TEAM>(shift)
-                                                              : kernel_of<Bf16, false, TOKENS, TEAM>(shift);
-            Task task = {product, {}, static_cast<int>(tiles_of_tokens(product.tokens))};
-            const Boxes boxes = {
-                product.x, product.weight.layout.columns, product.tokens, product.x_stride, BOX, TOKENS / SIDES<TEAM>,
-                fp16};
-            if (const int64_t error = map_boxes(boxes, &task.x)) return error;
-            const int cluster = TEAM == Team::SPLIT ? cluster_of(product.schedule) : TEAM == Team::PAIR ? 2 : 0;
-            return launch(kernel,
-                          {int64_t{product.schedule.blocks} * SIDES<TEAM>, THREADS, sizeof(Shared<TOKENS>),
-                           product.overlap, stream, cluster, TEAM == Team::SPLIT && BLOCKS<TOKENS> > 1},
-                          task);
-        }
+        else
+            return start_tiles<TEAM, TOKENS, false>(product, kind, stream);
+    });
+}
+
+// Results leave in boxes from the largest tiles, and where rows of y are aligned as the copy engine wants them.
+template <Team TEAM>
+int64_t start_boxed(const Product& product, int64_t kind, void* stream) {
+    return choose_tokens(product.tokens, [&](auto tile) -> int64_t {
+        if constexpr (decltype(tile)::COUNT == MOST_TOKENS)
+            if (product.weight.layout.rows % GRANULE == 0)
+                return start_tiles<TEAM, MOST_TOKENS, true>(product, kind, stream);
+        return pairs.start(product, kind, stream);
     });
 }
 

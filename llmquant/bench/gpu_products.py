@@ -23,7 +23,7 @@ def makers(dtype: torch.dtype, *, paths: bool = False) -> dict[str, Maker]:
         from llmquant.kernels import cuda
 
         found["llmquant"] = partial(ours, cuda)
-        for name in ("gemv", "cluster", "gemm", "wgmma", "pairs", "split", "dequantize") if paths else ():
+        for name in ("gemv", "cluster", "gemm", "wgmma", "pairs", "boxes", "split", "dequantize") if paths else ():
             found[f"llmquant {name}"] = partial(ours, cuda, path=getattr(cuda, name.upper()))
     if find_spec("triton"):
         from llmquant.kernels import triton

@@ -23,7 +23,7 @@ TILE = 64  # rows; slabs begin at a multiple
 ALIGNED = 8  # numbers: the stride of x in 16 bytes
 HALVES = KINDS[:2]  # what the kernels multiply, and scales are held in
 TOO_LARGE = 2.0**16  # of a scale: csrc/cuda/finish.h multiplies them by 2^112 in bf16
-AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, SPLIT, DEQUANTIZE = range(8)  # paths
+AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, BOXES, SPLIT, DEQUANTIZE = range(9)  # paths
 ARENA = 1 << 20  # tickets for products in CUDA graphs
 
 

@@ -19,7 +19,7 @@ from llmquant.scheme import Quantized, Scheme
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
-AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, SPLIT, DEQUANTIZE = range(8)
+AUTO, GEMV, CLUSTER, GEMM, WGMMA, PAIRS, BOXES, SPLIT, DEQUANTIZE = range(9)
 
 
 def build_once(tmp_path_factory: pytest.TempPathFactory, name: str, arguments: Sequence[object]) -> Path:

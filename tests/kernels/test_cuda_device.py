@@ -71,13 +71,14 @@ def test_products(scheme: Scheme, dtype: torch.dtype, kernels: ModuleType) -> No
         (cuda.CLUSTER, (1, 8), range(90, 999)),
         (cuda.WGMMA, (16, 300) if DEVICE == "cuda" else (70,), range(90, 91)),
         (cuda.PAIRS, (300, 700) if DEVICE == "cuda" else (70,), range(90, 91)),
+        (cuda.BOXES, (500, 2000) if DEVICE == "cuda" else (140,), range(90, 91)),
         (cuda.SPLIT, (1, 16, 64, 200) if DEVICE == "cuda" else (1, 70), range(90, 91)),
     ],
-    ids=["gemv", "cluster", "wgmma", "pairs", "split"],
+    ids=["gemv", "cluster", "wgmma", "pairs", "boxes", "split"],
 )
-# With 3100 rows every block uses its ring of stages again.
+# With 3104 rows every block uses its ring of stages again, and with 2000 tokens has a second tile.
 @pytest.mark.parametrize(
-    ("m", "n"), [(3100, 4000), (200, 4096), (1000, 1000), (200, 200)] if DEVICE == "cuda" else [(100, 600)]
+    ("m", "n"), [(3104, 4000), (200, 4096), (1000, 1000), (200, 200)] if DEVICE == "cuda" else [(104, 600)]
 )
 def test_products_in_clusters(
     m: int, n: int, path: int, counts: tuple[int, ...], devices: range, dtype: torch.dtype, kernels: ModuleType

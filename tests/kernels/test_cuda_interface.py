@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 from emulated_cuda import (
+    BOXES,
     CLUSTER,
     DEQUANTIZE,
     GEMM,
@@ -60,6 +61,7 @@ def linear(packed: Packed, **changes: int) -> Linear:
         ({"path": GEMV, "tokens": 9}, PATH),
         ({"path": CLUSTER, "tokens": 9}, PATH),
         ({"path": PAIRS, "tokens": 64}, PATH),
+        ({"path": BOXES, "tokens": 64}, PATH),
         ({"path": GEMM, "tokens": 2**28, "rows": 2**28}, SIZE),
     ],
     ids=str,
@@ -155,7 +157,7 @@ def test_what_adds_up_in_clusters_needs_no_workspace(
 
 
 def test_wgmma_is_for_its_devices(emulator: Emulator, packed: Packed) -> None:
-    for path in (WGMMA, PAIRS, SPLIT):
+    for path in (WGMMA, PAIRS, BOXES, SPLIT):
         for capability, expected in {80: PATH, 90: path, 100: PATH}.items():
             emulator.emulate(capability=capability)
             assert emulator.call("path", ctypes.byref(linear(packed, tokens=80, path=path))) == expected
@@ -163,6 +165,8 @@ def test_wgmma_is_for_its_devices(emulator: Emulator, packed: Packed) -> None:
 
 def test_pairs_have_the_workspace_of_two(emulator: Emulator, packed: Packed) -> None:
     emulator.emulate(processors=7)
-    single, double = (emulator.sizes("workspace", linear(packed, tokens=200, path=path), 2) for path in (WGMMA, PAIRS))
+    paths = WGMMA, PAIRS, BOXES
+    single, double, boxed = (emulator.sizes("workspace", linear(packed, tokens=200, path=path), 2) for path in paths)
+    assert boxed == double
     assert double[0] % 2 == double[1] % 2 == 0
     assert double[1] >= single[1] > 0

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from emulated_cuda import CLUSTER, GEMM, GEMV, PAIRS, SPLIT, WGMMA, Emulator, random_weight
+from emulated_cuda import BOXES, CLUSTER, GEMM, GEMV, PAIRS, SPLIT, WGMMA, Emulator, random_weight
 from torch import Tensor
 
 from llmquant.scheme import Quantized, Scheme, dequantize
@@ -12,7 +12,7 @@ from llmquant.scheme import Quantized, Scheme, dequantize
 SCHEMES = [Scheme(4, g, sym) for g in (32, 64, 128, -1) for sym in (True, False)]
 DTYPES = [torch.bfloat16, torch.float16]
 FEW = {"gemv": GEMV, "cluster": CLUSTER, "gemm": GEMM, "wgmma": WGMMA, "split": SPLIT}  # paths for few tokens
-PATHS = FEW | {"pairs": PAIRS}
+PATHS = FEW | {"pairs": PAIRS, "boxes": BOXES}
 # One product in bf16 or fp16 of weights in that dtype is off by half a unit in the last place of y, and of each weight
 # in gemm: relative to the size of what is summed.
 ERRORS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -50,7 +50,8 @@ def random_x(tokens: int, n: int, dtype: torch.dtype) -> Tensor:
         ("gemm", 65),
     ]
     + [(path, tokens) for path in ("wgmma", "split") for tokens in (3, 9, 20, 33, 65, 130)]
-    + [("pairs", tokens) for tokens in (65, 130)],
+    + [("pairs", tokens) for tokens in (65, 130)]
+    + [("boxes", 130)],
 )
 def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: torch.dtype, scheme: Scheme) -> None:
     """Scales of one, and activations that are small integers: every sum is exact in fp32, so bits have to agree."""
@@ -64,7 +65,9 @@ def test_integers_are_exact(emulator: Emulator, path: str, tokens: int, dtype: t
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, 128])
-@pytest.mark.parametrize(("path", "tokens"), [*((path, 3) for path in FEW), ("wgmma", 20), ("pairs", 65)])
+@pytest.mark.parametrize(
+    ("path", "tokens"), [*((path, 3) for path in FEW), ("wgmma", 20), ("pairs", 65), ("boxes", 130)]
+)
 def test_scales_of_any_size(emulator: Emulator, path: str, tokens: int, group: int, symmetric: bool) -> None:
     """Powers of two from 2^-96 to 2^15, and all sums of a row exact: from what bf16 makes of tiny numbers, no bit is
     lost."""
@@ -82,7 +85,7 @@ def test_scales_of_any_size(emulator: Emulator, path: str, tokens: int, group: i
     [("gemv", 1), ("gemv", 3), ("cluster", 3), ("gemm", 2), ("gemm", 30), ("gemm", 64), ("gemm", 70)]
     + [("wgmma", tokens) for tokens in (1, 16, 30, 64, 70)]
     + [("split", tokens) for tokens in (1, 16, 64, 70)]
-    + [("pairs", 70)],
+    + [("pairs", 70), ("boxes", 70), ("boxes", 130)],
 )
 def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) -> None:
     for (m, n), dtype in zip(
@@ -100,7 +103,8 @@ def test_odd_shapes(emulator: Emulator, path: str, tokens: int, scheme: Scheme) 
     ("path", "tokens"),
     [("gemv", 2), ("gemm", 16), ("gemm", 32), ("gemm", 64), ("gemm", 140)]
     + [("wgmma", tokens) for tokens in (2, 16, 32, 64, 70, 140)]
-    + [("pairs", tokens) for tokens in (70, 140)],
+    + [("pairs", tokens) for tokens in (70, 140)]
+    + [("boxes", 140)],
 )
 @pytest.mark.parametrize("group", [32, 128])
 def test_no_order_of_threads_matters(emulator: Emulator, path: str, tokens: int, group: int, late: bool) -> None:
@@ -172,6 +176,33 @@ def test_a_tile_is_split_by_columns(
         results.append(emulator.linear(x, packed, bias, SPLIT, runs=2 if tokens <= 64 else 1))
     assert_close(results[0], x, q, scheme, bias)
     assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early copies", "late copies"])
+@pytest.mark.parametrize(
+    ("m", "n", "tokens", "processors"),
+    [
+        (696, 500, 140, 2),  # three tiles of the only pair, one after the other; of the last, the second block has none
+        (520, 260, 500, 2),  # each tile has as many chunks as there are stages
+        (256, 120, 700, 2),  # one
+        (264, 4700, 140, 6),  # two tiles for three pairs: one ends the first and begins the second
+        (776, 380, 140, 6),  # four tiles for three pairs, which share the last
+    ],
+)
+def test_results_leave_while_the_next_tile_begins(
+    emulator: Emulator, m: int, n: int, tokens: int, processors: int, late: bool
+) -> None:
+    scheme = Scheme(4, 32, symmetric=False)
+    q, x = random_weight(scheme, m, n), random_x(tokens, n, torch.bfloat16)
+    bias, packed = torch.randn(m), emulator.pack(q, scheme, x.dtype)
+    emulator.emulate(processors)
+    wanted = emulator.linear(x, packed, bias, PAIRS)
+    assert_close(wanted, x, q, scheme, bias)
+    emulator.functions.llmquant_emulated_conflicts()
+    for seed in range(3):
+        emulator.emulate(processors, seed=seed, late=late)
+        assert torch.equal(emulator.linear(x, packed, bias, BOXES), wanted)
+    assert emulator.functions.llmquant_emulated_conflicts() == 1
 
 
 @pytest.mark.parametrize("path", FEW)

@@ -63,6 +63,9 @@ def test_problems_are_found() -> None:
     copies = none | {"UBLKCP": 1, "UTMALDG": 1}
     hopper = plain._replace(architecture="90a", name="_Z15multiply_groups", instructions=copies, warned=True)
     assert hopper.problems("multiply_groups<Bf16, false, 64, 0>") == ["wgmma is serialized", "no HGMMA"]
+    boxed = hopper._replace(instructions=copies | {"HGMMA": 8, "STSM": 16, "UTMASTG": 0}, warned=False)
+    assert boxed.problems("multiply_groups<Bf16, false, 256, 8, 1, true>") == ["no UTMASTG"]
+    assert boxed.problems("multiply_groups<Bf16, false, 256, 8, 1, false>") == []
     assert hopper._replace(architecture="80", warned=False).problems("multiply_groups<Bf16, false, 64, 0>") == []
 
 
