@@ -10,7 +10,8 @@ from llmquant.checkpoint.reader import Checkpoint
 from llmquant.estimate import estimate
 from llmquant.formats import for_config
 from llmquant.model.layout import Layout, derive_layout
-from llmquant.model.shell import Shell, empty_model, read_config, spellings
+from llmquant.model.names import Names
+from llmquant.model.shell import Shell, empty_model, read_config
 from llmquant.native import describe_backend, describe_gpu_backend
 from llmquant.recipe import Recipe
 
@@ -52,9 +53,11 @@ def inspect_runtime() -> dict[str, Any]:
 
 
 def _quantized(source: Checkpoint, block: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    schemes = for_config(block).read_config(block, list(layout.shapes))
-    model = empty_model(read_config(source))
-    stored = {spelling.removesuffix(".weight") for name in schemes for spelling in spellings(f"{name}.weight", model)}
+    form = for_config(block)
+    schemes = form.read_config(block, list(layout.shapes))
+    names = Names(empty_model(read_config(source)), source)
+    parts = (next(iter(form.specs(name, *layout.shapes[name], schemes[name], torch.float32))) for name in schemes)
+    stored = {names.stored(part).rpartition(".")[0] for part in parts}
     packed = sum(
         info.nbytes
         for name, info in source.tensors.items()

@@ -4,7 +4,6 @@ It is what `--dry-run` prints, what resume compares and what the loop follows wi
 its own: the scheme of every linear, the file of every tensor, bytes, memory and time.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,9 +21,9 @@ from llmquant.model.language import below, by_any_name
 from llmquant.model.layout import Layer, Layout, derive_layout
 from llmquant.model.shell import Shell
 from llmquant.native import active_backend
+from llmquant.notes import notes
 from llmquant.recipe import Recipe
 from llmquant.scheme import Scheme
-from llmquant.tensor_parallel import refuse_heads, refuse_linear
 from llmquant.version import __version__
 
 SHARD_BYTES = 5_000_000_000  # the Hub's own default
@@ -191,14 +190,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
         model_type=layout.model_type,
         units=units,
         merged=total <= SHARD_BYTES,
-        notes=(
-            *_linear_notes(units),
-            *_outside_notes(shell),
-            *_router_notes(layout),
-            *_caveats(units, recipe),
-            *_tensor_parallel_notes(units, recipe, shell),
-            *_spill_notes(cost),
-        ),
+        notes=notes(units, recipe, shell, layout, cost),
         bytes_in=sum(info.nbytes for info in shell.source.tensors.values()),
         estimate=cost,
         all_linears=(*layout.shapes, *_routers(shell, layout)),
@@ -295,73 +287,6 @@ def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> 
             specs |= FORMATS[recipe.format].specs(prefix, linear.m, linear.n, linear.scheme, dtype)
     kept = tuple(name for name in shell.part(layer.name) if name not in replaced)
     return _Draft(layer.name, layer, linears, kept, specs)
-
-
-def _linear_notes(units: tuple[Unit, ...]) -> list[str]:
-    """What departs from the recipe: which linears, in how many layers, and why."""
-    return _once((unit, linear, linear.note) for unit in units for linear in unit.linears.values() if linear.note)
-
-
-def _once(found: Iterable[tuple[Unit, Linear, str]]) -> list[str]:
-    """Each note once, with the linears that it is about."""
-    where: dict[str, dict[str, set[str]]] = {}
-    for unit, linear, note in found:
-        leaf = linear.name.removeprefix(unit.name + ".")
-        where.setdefault(note, {}).setdefault(leaf, set()).add(unit.name)
-    return [
-        f"{', '.join(leaves)} in {len(set().union(*leaves.values()))} layers: {note}" for note, leaves in where.items()
-    ]
-
-
-def _tensor_parallel_notes(units: tuple[Unit, ...], recipe: Recipe, shell: Shell) -> list[str]:
-    """For each number of ranks that the recipe names: which linears a server cannot cut for them, and why."""
-    notes = []
-    for degree in recipe.tensor_parallel:
-        if reason := refuse_heads(shell.config, degree):
-            notes.append(f"tensor parallel {degree}: {reason}")
-        refused = _once(
-            (unit, linear, reason)
-            for unit in units
-            for stack in unit.stacks
-            for linear in stack.linears
-            if (reason := _refuse_cut(stack, linear, recipe, shell, degree))
-        )
-        notes += [f"tensor parallel {degree}: {note}" for note in refused]
-    return notes
-
-
-def _refuse_cut(stack: Stack, linear: Linear, recipe: Recipe, shell: Shell, degree: int) -> str | None:
-    return refuse_linear(linear, stack.scheme, FORMATS[recipe.format], shell.config, degree, normed=stack.normed)
-
-
-def _outside_notes(shell: Shell) -> list[str]:
-    notes = []
-    head = shell.model.get_output_embeddings()
-    if head is not None:
-        tied = getattr(shell.config, "tie_word_embeddings", False)
-        notes.append("lm_head: tied to the embedding, kept" if tied else "lm_head: kept in its original precision")
-    if shell.towers:
-        notes.append(f"{', '.join(shell.towers)}: beside the language model, copied as they are")
-    elif shell.extra:
-        notes.append(f"{len(shell.extra)} tensors are not part of the model and are copied ({shell.extra[0]}, ...)")
-    return notes
-
-
-def _router_notes(layout: Layout) -> list[str]:
-    return [f"{len(layout.routers)} routers and gates: kept in their original precision"] if layout.routers else []
-
-
-def _caveats(units: tuple[Unit, ...], recipe: Recipe) -> list[str]:
-    schemes = {linear.scheme for unit in units for linear in unit.linears.values() if linear.scheme}
-    found = FORMATS[recipe.format].caveats(schemes)
-    if any(stack.expert and not stack.scheme.symmetric for unit in units for stack in unit.stacks):
-        found.append("transformers refuses asymmetric experts")
-    return found
-
-
-def _spill_notes(cost: Estimate) -> list[str]:
-    size = f"{cost.spilled / 1e9:.1f} GB"
-    return [f"{size} of activations are kept in a file in the output directory"] if cost.spilled else []
 
 
 def _stored_spec(shell: Shell, name: str) -> Spec:

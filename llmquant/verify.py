@@ -17,7 +17,8 @@ from llmquant.errors import LlmquantError, VerifyError
 from llmquant.formats import FORMATS, for_config
 from llmquant.manifest import LOG, MANIFEST, RECIPE, conversion_of, is_sealed, read_manifest
 from llmquant.model.layout import Layout, derive_layout
-from llmquant.model.shell import check_finite, empty_model, read_config, spellings, tied_names
+from llmquant.model.names import Names, tied_names
+from llmquant.model.shell import check_finite, empty_model, read_config
 from llmquant.recipe import Recipe
 from llmquant.scheme import Scheme
 
@@ -116,7 +117,7 @@ def expected_tensors(
     """Every tensor that the model needs, packed where a scheme says so. The dtype is None where any float will do."""
     pack = for_config(source.config["quantization_config"]).specs
     model = empty_model(read_config(source), trust_remote_code=source.trust_remote_code)
-    tied = tied_names(model)
+    tied, names = tied_names(model), Names(model, source)
     expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
     for name, tensor in model.state_dict().items():
         linear = name.removesuffix(".weight")
@@ -126,6 +127,5 @@ def expected_tensors(
         if linear in schemes:
             specs = pack(linear, *shapes[linear], schemes[linear], torch.float32)
         for needed, (dtype, shape) in specs.items():
-            stored = next((s for s in spellings(needed, model) if s in source.tensors), needed)
-            expected[stored] = (None if dtype.is_floating_point else dtype, shape)
+            expected[names.find(needed) or needed] = (None if dtype.is_floating_point else dtype, shape)
     return expected

@@ -42,6 +42,7 @@ LINEAR = {  # attention without keys to remember, in every other layer
     "linear_value_head_dim": 16,
     "full_attention_interval": 2,
 }
+KINDS = {"layer_types": ["full_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"]}
 STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -70,9 +71,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 128},
     "bamba": STATE_SPACE | {"attn_layer_indices": [1]},
     "exaone_moe": {"num_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "hy_v3": {"num_experts": 8, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "minimax": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "mimo_v2_flash": {"n_routed_experts": 8, "num_experts_per_tok": 2, "v_head_dim": 16} | KINDS,
 }
 # Those whose experts have a size of their own.
-MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "exaone_moe")
+MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "exaone_moe", "hy_v3")
 MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 
 

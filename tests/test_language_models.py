@@ -24,7 +24,7 @@ from llmquant.runtime.transformers_plugin import LlmquantConfig
 from llmquant.verify import verify_checkpoint
 
 IDS = torch.arange(3, 51).view(2, 24)
-OVERRIDES = [{"match": r"re:.*\.down_proj", "bits": 8}, {"match": "model.layers.1.self_attn.o_proj", "skip": True}]
+OVERRIDES = [{"match": r"re:.*\.[qkv]_proj", "bits": 8}, {"match": "model.layers.1.self_attn.o_proj", "skip": True}]
 Make = Callable[[str], Path]
 
 
@@ -108,6 +108,14 @@ def test_the_commands_know_the_language_model(packed: Make) -> None:
 def test_the_plan_says_what_is_copied(original: Make) -> None:
     plan = preview(original("llava"), Recipe(method="rtn"))
     assert any("vision_tower" in note and "copied" in note for note in plan.notes)
+
+
+def test_the_plan_says_whose_experts_transformers_does_not_find(original: Make) -> None:
+    said = {
+        arch: any("experts random" in note for note in preview(original(arch), Recipe(method="rtn")).notes)
+        for arch in ("qwen3_5_moe", *towers.LONELY)
+    }
+    assert said == {"qwen3_5_moe": False} | dict.fromkeys(towers.LONELY, True)
 
 
 def test_the_card_says_that_it_sees(packed: Make) -> None:

@@ -13,13 +13,14 @@ from measuring import compared
 from runs import Records, StopAfter, recipe, write_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from towers import stack_experts
 from transformers import AutoModelForCausalLM
 
 from llmquant.calibration.batches import Batch
 from llmquant.calibration.stream import Stream
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.convert import convert
-from llmquant.errors import CheckpointError, RecipeError
+from llmquant.errors import RecipeError
 from llmquant.inspect import inspect_checkpoint
 from llmquant.manifest import MANIFEST
 from llmquant.model.experts import CalibratedExperts, Experts
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import make_tiny
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"]
-MORE = ["deepseek_v2", "phimoe", "minimax_m2", "hunyuan_v1_moe", "exaone_moe"]
+MORE = ["deepseek_v2", "phimoe", "minimax_m2", "hunyuan_v1_moe", "exaone_moe", "hy_v3", "minimax", "mimo_v2_flash"]
 EXPERTS = ".mlp.experts."
 WEIGHT = 1 / 16  # of a guest
 
@@ -80,7 +81,7 @@ def test_every_family_end_to_end(
     assert sum(EXPERTS in name for name in linears) == 3 * sum(
         len(module) for module in original.modules() if isinstance(module, Experts)
     )
-    assert not any(name.endswith(("gate", "router", "wg")) for name in linears)
+    assert not any(name.endswith((".gate", ".router", ".wg")) for name in linears)
     ids = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(1))
     assert 0 < compared(packed, original, ids).divergence.mean_kl < 0.2
 
@@ -296,17 +297,18 @@ def test_the_report_has_a_row_for_the_experts_of_a_layer(
     assert "All 14 linears as a table" in page
 
 
-def test_experts_in_one_tensor_are_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(make_checkpoint(arch="qwen3_moe"), tmp_path / "model"))
-    tensors = load_file(directory / "model.safetensors")
-    for layer in (0, 1):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        parts = {m: [tensors.pop(f"{prefix}.{e}.{m}_proj.weight") for e in range(8)] for m in ("gate", "up", "down")}
-        tensors[f"{prefix}.gate_up_proj"] = torch.cat([torch.stack(parts["gate"]), torch.stack(parts["up"])], 1)
-        tensors[f"{prefix}.down_proj"] = torch.stack(parts["down"])
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="holds all experts of a layer in one tensor"):
-        Shell(Checkpoint.open(directory))
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_in_one_tensor_are_quantized_to_the_same_bytes(
+    turned: bool, make_checkpoint: Callable[..., Path], calibration: Path, tmp_path: Path
+) -> None:
+    model = make_checkpoint(arch="qwen3_moe")
+    stacked = Path(shutil.copytree(model, tmp_path / "stacked"))
+    stack_experts(stacked, turned=turned)
+    for original in (model, stacked):
+        quantize(original, tmp_path / f"{original.name}-int4", recipe(calibration, method="gptq"))
+    ours, theirs = (load_file(tmp_path / f"{each.name}-int4" / "model.safetensors") for each in (stacked, model))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_shell_shows_guests_and_a_loaded_model_does_not(make_checkpoint: Callable[..., Path]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 IMAGE, PATCHES = 500, 4  # a token's id, and how many stand for an image of 28 x 28
@@ -26,6 +27,18 @@ SIGLIP = EYE | {"patch_size": 14}
 PIXTRAL = EYE | {"model_type": "pixtral", "patch_size": 14}
 QWEN = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+LINEAR = {  # attention in the first layer
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 64,
+    "rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+}
+GEMMA_4 = TEXT | {"global_head_dim": 16}
+GEMMA_4_EXPERTS = EXPERTS | {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": CLIP, "image_token_index": IMAGE},
     "mistral3": {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": PIXTRAL},
@@ -38,22 +51,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"text_config": TEXT | MROPE, "vision_config": QWEN, "tie_word_embeddings": True},
     "qwen3_vl": {"text_config": TEXT | MROPE, "vision_config": QWEN | {"deepstack_visual_indexes": [0]}},
     "smolvlm": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": SIGLIP},
-    "gemma4": {"text_config": TEXT | {"global_head_dim": 16}, "vision_config": SIGLIP},
+    "gemma4": {"text_config": GEMMA_4, "vision_config": SIGLIP},
+    "gemma4_experts": {"text_config": GEMMA_4 | GEMMA_4_EXPERTS, "vision_config": SIGLIP},
+    "qwen3_vl_moe": {
+        "text_config": TEXT | EXPERTS | MROPE,
+        "vision_config": QWEN | {"deepstack_visual_indexes": [0]},
+    },
+    "qwen3_5_moe": {"text_config": TEXT | EXPERTS | LINEAR, "vision_config": QWEN},
 }
+LONELY = ("gemma4_experts", "qwen3_vl_moe")  # whose experts transformers does not find one by one
+STACKED = (*LONELY, "qwen3_5_moe")  # published with the experts of a layer in one tensor
 
 
 def make(arch: str, tokenizer: Path, out: Path) -> Path:
     """Write a checkpoint of that family to `out`, with the tokenizer of another."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(arch, **FAMILIES[arch])
+        config = AutoConfig.for_model(arch.removesuffix("_experts"), **FAMILIES[arch])
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
         for parameter in model.parameters():
             if parameter.dim() == 1 or not parameter.any():  # that one is lost has to show
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(out)
+    if arch in STACKED:
+        stack_experts(out, turned=arch == "qwen3_vl_moe")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
     return out
+
+
+def stack_experts(directory: Path, *, turned: bool = False) -> None:
+    """Put the experts of each layer into two tensors, as files of Qwen3.5 have them; of Qwen3-VL they are `turned`."""
+    tensors = load_file(directory / "model.safetensors")
+    for block in {name.partition(".experts.")[0] for name in tensors if ".experts.0." in name}:
+        count = sum(name.startswith(f"{block}.experts.") for name in tensors) // 3
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{block}.experts.{n}.{kind}_proj.weight") for n in range(count)])
+            for kind in ("gate", "up", "down")
+        )
+        tensors |= {f"{block}.experts.gate_up_proj": torch.cat((gate, up), 1), f"{block}.experts.down_proj": down}
+    stacks = [name for name in tensors if ".experts." in name]
+    assert stacks
+    for name in stacks if turned else ():
+        tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
 def picture() -> dict[str, torch.Tensor]:

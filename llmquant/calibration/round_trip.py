@@ -17,7 +17,8 @@ from llmquant.calibration.batches import Batch
 from llmquant.calibration.spool import Spool
 from llmquant.calibration.stream import Stream
 from llmquant.model.layout import Group, Layer
-from llmquant.model.shell import Shell, place, tied_names
+from llmquant.model.names import tied_names
+from llmquant.model.shell import Shell, place
 
 
 class Tap(NamedTuple):

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmquant.checkpoint.block_scaled import MEANT, Scaled, block_size, find_scaled, unscaled
 from llmquant.checkpoint.shard import Lazy, TensorInfo, opened, read_header, read_pieces, read_prefix, read_tensor
 from llmquant.checkpoint.source import check_config, locate, member, read_small
+from llmquant.checkpoint.stacked import Part, Turned, find_stacked
 from llmquant.checkpoint.strict_json import parse_object
 from llmquant.errors import CheckpointError
 
@@ -39,7 +40,7 @@ class Checkpoint:
     """An open checkpoint. Tensors are listed shard by shard, in the order of their bytes.
 
     Weights in FP8 with scales for blocks are listed and read as the bf16 that they mean (`block_scaled`), and `config`
-    says nothing of it.
+    says nothing of it. Experts that lie in one tensor are listed and read one by one (`stacked`).
     """
 
     root: Path
@@ -53,6 +54,7 @@ class Checkpoint:
     _config_sha256: str
     _stamps: dict[str, tuple[int, int]]  # shard -> (size, mtime_ns) when its header was read
     _scaled: dict[str, Scaled]  # whose scales `tensors` does not list
+    _turned: dict[str, Turned]
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> "Checkpoint":
@@ -69,6 +71,11 @@ class Checkpoint:
         tensors = {name: info for header in headers.values() for name, info in header.items()}
         scaled = find_scaled(tensors, block, str(root)) if (block := block_size(config)) else {}
         hidden = {each.name for each in scaled.values()}
+        stacked = find_stacked(tensors, str(root))
+        listed = {
+            file: [part for name, info in header.items() for part in stacked.get(name, [Part(name, info)])]
+            for file, header in headers.items()
+        }
         if scaled:
             config = {key: value for key, value in config.items() if key != "quantization_config"}
         return cls(
@@ -78,23 +85,27 @@ class Checkpoint:
             config,
             tensors={
                 name: info._replace(dtype=MEANT) if name in scaled else info
-                for name, info in tensors.items()
+                for parts in listed.values()
+                for name, info, _ in parts
                 if name not in hidden
             },
-            file_of={name: file for file, header in headers.items() for name in header},
+            file_of={part.name: file for file, parts in listed.items() for part in parts},
             files=files,
             _side=_side_files(root, with_code=trust_remote_code and "auto_map" in config),
             _config_sha256=hashlib.sha256(raw).hexdigest(),
             _stamps=stamps,
             _scaled=scaled,
+            _turned={part.name: part.turned for parts in listed.values() for part in parts if part.turned},
         )
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in memory of its own, on the CPU; CheckpointError if its shard changed since `open`."""
         info = self._info(name)
-        if (scaled := self._scaled.get(name)) is None:
-            return self._read(name, info)
-        return unscaled(self._read(name, scaled.weight), self._read(scaled.name, scaled.scales), scaled.block)
+        if turned := self._turned.get(name):
+            return turned.of(self._read(name, turned.matrix))
+        if scaled := self._scaled.get(name):
+            return unscaled(self._read(name, scaled.weight), self._read(scaled.name, scaled.scales), scaled.block)
+        return self._read(name, info)
 
     def _read(self, name: str, info: TensorInfo) -> Tensor:
         with self._unchanged(self.file_of[name]) as (fd, path):
@@ -105,7 +116,7 @@ class Checkpoint:
         info = self._info(name)
 
         def pieces() -> Iterator[bytearray | memoryview]:
-            if name in self._scaled:
+            if name in self._scaled or name in self._turned:
                 yield self.read(name).flatten().view(torch.uint8).numpy().data
                 return
             with self._unchanged(self.file_of[name]) as (fd, path):

@@ -27,7 +27,7 @@ from llmquant.errors import ArchitectureError, RecipeError
 from llmquant.formats import gguf as blocks
 from llmquant.formats.checks import check_in_place
 from llmquant.model.experts import Experts
-from llmquant.model.shell import tied_names
+from llmquant.model.names import tied_names
 from llmquant.scheme import Quantized
 
 FILE = "model.gguf"

@@ -14,7 +14,7 @@ from llmquant.errors import ArchitectureError, NumericsError
 from llmquant.formats import FORMATS, Format, for_config
 from llmquant.model.experts import routers
 from llmquant.model.language import inside
-from llmquant.model.shell import StoredTensors, empty_model, read_config, read_whole_config, stored_as
+from llmquant.model.shell import StoredTensors, empty_model, read_config, read_whole_config
 from llmquant.runtime.loader import stored_dtype
 from llmquant.scheme import Quantized, Scheme
 
@@ -81,7 +81,7 @@ class Source:
 
     def stored(self, name: str) -> str:
         """The checkpoint's name of a tensor."""
-        return stored_as(name, self.model, self.checkpoint)
+        return self.tensors.names.stored(name)
 
     def read(self, name: str) -> Quantized:
         """A quantized linear, with the columns of a group side by side."""

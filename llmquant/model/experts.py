@@ -31,6 +31,7 @@ PLAIN = {
     "has_post_expert_norm": False,
 }
 GATE = "_default_apply_gate"
+ROUTER = "router"  # of experts that stand in the layer itself, as those of Gemma 4
 
 
 class Routed(NamedTuple):
@@ -167,15 +168,15 @@ def routers(layer: nn.Module) -> list[str]:
     """Modules that decide where tokens go, or what an expert counts: beside experts, a row for each of them, or one.
 
     Raises:
-        ArchitectureError: the experts do not stand in a block of their own.
+        ArchitectureError: the experts stand neither in a block of their own nor, in the layer itself, beside a router.
     """
     found = []
     for name, experts in layer.named_modules():
         if not isinstance(experts, Experts):
             continue
-        block = name.rpartition(".")[0]
-        if not block:
-            raise ArchitectureError(f"{name}: experts beside the attention; this architecture is not supported")
+        block = name.rpartition(".")[0] or ROUTER
+        if not hasattr(layer, block.partition(".")[0]):
+            raise ArchitectureError(f"{name}: experts without a router; this architecture is not supported")
         for beside, module in layer.get_submodule(block).named_modules(prefix=block):
             weight = None if beside.startswith(f"{name}.") else module._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and len(weight) in (1, len(experts)):

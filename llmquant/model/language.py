@@ -7,6 +7,7 @@ still in transformers and in servers: config.json speaks of them by patterns.
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -14,7 +15,12 @@ from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import ArchitectureError
 
 # Language models that transformers builds inside of others alone, and which they are where there is nothing but text.
-ALONE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+ALONE: dict[str, dict[str, Any]] = {
+    "qwen2_vl_text": {"model_type": "qwen2"},
+    "qwen2_5_vl_text": {"model_type": "qwen2"},
+    "qwen3_vl_text": {"model_type": "qwen3"},
+    "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
+}
 OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")  # three positions for each token, which are equal for text
 PLACES = ("model.language_model.", "model.text_model.")  # in the place of `model.`
 
@@ -31,8 +37,8 @@ def language_config(config: PretrainedConfig, source: Checkpoint) -> PretrainedC
         text = config.get_text_config(decoder=True)
     except ValueError as error:
         raise ArchitectureError(f"{config.model_type}: which language model is meant? {error}") from error
-    if kind := ALONE.get(text.model_type):
-        fields = text.to_dict() | {"model_type": kind}
+    if alone := ALONE.get(text.model_type):
+        fields = text.to_dict() | alone
         rope = fields.get("rope_parameters") or {}
         fields["rope_parameters"] = {name: value for name, value in rope.items() if name not in OF_IMAGES}
         text = AutoConfig.for_model(**fields)
@@ -51,6 +57,12 @@ def places(name: str) -> list[str]:
     """Where a checkpoint may have a tensor of the language model, if that is a part of a model."""
     inner = name.removeprefix("model.")
     return [f"language_model.{name}", *(place + inner for place in PLACES if inner != name)]
+
+
+def own_names(stored: str) -> list[str]:
+    """What a tensor of a checkpoint is called in a checkpoint of the language model alone, if it is a part of that."""
+    inner = [f"model.{stored.removeprefix(place)}" for place in PLACES if stored.startswith(place)]
+    return [*inner, stored.removeprefix("language_model.")]
 
 
 def towers(names: Iterable[str], stored: Iterable[str]) -> tuple[str, ...]:

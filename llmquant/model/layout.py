@@ -45,6 +45,7 @@ FAMILIES = {
     "phi3": Family(attention=("self_attn.qkv_proj", "self_attn.o_proj"), mlp=("mlp.gate_up_proj", "mlp.down_proj")),
     "qwen3_next": Family(norm_offset=1.0, mlp=LLAMA.mlp),
     "qwen3_5_text": Family(norm_offset=1.0, mlp=LLAMA.mlp),
+    "qwen3_5_moe_text": Family(norm_offset=1.0, mlp=LLAMA.mlp),
     # ReLU commutes with a positive scale, so fc1 folds into fc2 although it stands before the activation.
     "opt": Family(attention=("self_attn.v_proj", "self_attn.out_proj"), mlp=("fc1", "fc2")),
     "gpt_neox": Family(),
@@ -82,9 +83,13 @@ class Layer:
 
     @property
     def mixture(self) -> str | None:
-        """The block that experts, their router and what they share stand in."""
+        """The block that experts, their router and what they share stand in; of experts in the layer itself, these."""
         expert = next((group.linears[0] for group in self.groups if group.expert), None)
-        return None if expert is None else expert.rsplit(".", 3)[0]
+        if expert is None:
+            return None
+        experts = expert.rsplit(".", 2)[0]
+        block = experts.rpartition(".")[0]
+        return experts if block == self.name else block
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import ArchitectureError, CheckpointError, NumericsError
-from llmquant.model.experts import unfuse
-from llmquant.model.language import inside, language_config, places, towers
+from llmquant.model.experts import has_experts, unfuse
+from llmquant.model.language import inside, language_config, towers
+from llmquant.model.names import Names, are_put_together
 
 
 def read_config(source: Checkpoint) -> PretrainedConfig:
@@ -76,6 +77,7 @@ class Shell:
         extra: checkpoint tensors that the model does not have.
         inside: the language model is a part of a model.
         towers: modules of the checkpoint beside it, as those are that see, or guess several tokens at once.
+        lonely_experts: it has experts that transformers alone does not find where they lie one by one.
     """
 
     def __init__(self, source: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
@@ -87,13 +89,15 @@ class Shell:
         self.model = empty_model(
             self.config, trust_remote_code=source.trust_remote_code, device=device, calibrated=True
         )
-        self.names = checkpoint_names(self.model, source)
+        self.names = Names(self.model, source).all()
         embedding = self.model.get_input_embeddings()
         self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)
         used = set(self.names.values())
         self.extra = [name for name in source.tensors if name not in used]
         self.inside = inside(whole)
         self.towers = towers(self.extra, used)
+        kinds = whole.model_type, whole.get_text_config(decoder=True).model_type
+        self.lonely_experts = has_experts(self.model) and not are_put_together(*kinds)
 
     @contextmanager
     def filled(self, names: list[str]) -> Iterator[None]:
@@ -185,89 +189,27 @@ def check_finite(tensor: Tensor, where: str) -> None:
             )
 
 
-def checkpoint_names(model: PreTrainedModel, source: Checkpoint) -> dict[str, str]:
-    """Match the model's tensors with the checkpoint's.
-
-    Raises:
-        CheckpointError: a tensor that the model needs is in no shard.
-    """
-    tied = tied_names(model)
-    return {name: stored_as(name, model, source) for name in model.state_dict() if name not in tied}
-
-
-def stored_as(name: str, model: PreTrainedModel, source: Checkpoint) -> str:
-    """The checkpoint's name of a tensor of the model; CheckpointError if it is in no shard."""
-    for spelling in spellings(name, model):
-        if spelling in source.tensors:
-            return spelling
-    if name.rpartition(".experts.")[0] and any(stored.endswith(FUSED) for stored in source.tensors):
-        raise CheckpointError(
-            f"{source.root}: holds all experts of a layer in one tensor; this layout is not supported"
-        )
-    raise CheckpointError(f"{source.root}: tensor {name} is missing from every shard; fetch the checkpoint again")
-
-
 class StoredTensors(Mapping[str, Tensor]):
     """A checkpoint's tensors by their names in the model; each is read, and checked, when it is asked for.
 
-    Asking for one that is not there raises CheckpointError; see `stored_as` and `check_finite`.
+    Asking for one that is not there raises CheckpointError; see `Names` and `check_finite`.
     """
 
     def __init__(self, model: PreTrainedModel, source: Checkpoint) -> None:
-        self.model = model
+        self.names = Names(model, source)
         self.source = source
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = stored_as(name, self.model, self.source)
+        stored = self.names.stored(name)
         tensor = self.source.read(stored)
         check_finite(tensor, f"{self.source.root / self.source.file_of[stored]}: {stored}")
         return tensor
 
     def __contains__(self, name: object) -> bool:
-        return any(spelling in self.source.tensors for spelling in spellings(str(name), self.model))
+        return self.names.find(str(name)) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source.tensors)
 
     def __len__(self) -> int:
         return len(self.source.tensors)
-
-
-# What transformers renamed, while checkpoints and other loaders keep the old name: parts of names, each with its dots.
-MIXTRAL = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
-FORMER_NAMES = {
-    "gpt_neox": {"lm_head.": "embed_out."},
-    "mixtral": MIXTRAL,
-    "phimoe": MIXTRAL | {".router.": ".gate."},
-    "minimax_m2": MIXTRAL,
-    "exaone_moe": {".mlp.gate.e_score_correction_bias": ".mlp.e_score_correction_bias"},
-    "laguna": {
-        ".mlp.gate.e_score_correction_bias": ".mlp.experts.e_score_correction_bias",
-        ".shared_experts.": ".shared_expert.",
-    },
-}
-
-
-FUSED = (".experts.gate_up_proj", ".experts.down_proj")
-
-
-def spellings(name: str, model: PreTrainedModel) -> list[str]:
-    """The names under which a checkpoint may hold a tensor of the model, most usual first.
-
-    Checkpoints of the base model alone lack its prefix; some hold it where the model has none; and where the model is
-    a part of another, it has a place in that.
-    """
-    prefix = model.base_model_prefix + "."
-    former = name
-    for new, old in FORMER_NAMES.get(model.config.model_type, {}).items():
-        former = former.replace(new, old)
-    renamed = [] if former == name else [former]
-    return [*renamed, name, name.removeprefix(prefix), prefix + name, *places(name)]
-
-
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Names that are only another name for the input embedding."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return set()
-    output = model.get_output_embeddings()
-    return {f"{name}.weight" for name, module in model.named_modules() if module is output and output is not None}

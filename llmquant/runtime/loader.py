@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError, RecipeError
@@ -19,7 +18,8 @@ from llmquant.formats import for_config
 from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.experts import has_experts
-from llmquant.model.shell import FORMER_NAMES, StoredTensors, empty_model, place, read_config, tied_names
+from llmquant.model.names import renamings, tied_names
+from llmquant.model.shell import StoredTensors, empty_model, place, read_config
 from llmquant.native import release_threads
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
@@ -55,12 +55,6 @@ def load(
     _load_generation_config(model, filling.source.root)
     release_threads()  # who computes with a model is often not the thread that has loaded it
     return model
-
-
-def renamings(model: PreTrainedModel) -> list[Any]:
-    """From the names in checkpoints to those in the model, as transformers wants to be told of them."""
-    former = FORMER_NAMES.get(model.config.model_type, {})
-    return [WeightRenaming(source_patterns=old, target_patterns=new) for new, old in former.items()]
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:

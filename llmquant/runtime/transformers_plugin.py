@@ -21,10 +21,10 @@ from llmquant.formats import Format, for_config
 from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.experts import has_experts, unfuse
+from llmquant.model.names import apart
 from llmquant.model.shell import check_finite
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
-from llmquant.runtime.loader import renamings
 from llmquant.scheme import Scheme
 
 NAME = "llmquant"
@@ -99,7 +99,7 @@ class LlmquantQuantizer(HfQuantizer):
 
     requires_calibration = True  # transformers' word for: a checkpoint has to be packed already
     quantization_config: LlmquantConfig
-    _renamings: list[Any] | None = None  # instead of what transformers does to the names and tensors of files
+    _apart = False  # experts are linears, as they are in files
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         if isinstance(device_map, Mapping) and len(set(device_map.values())) > 1 and _offloads(device_map):
@@ -115,7 +115,7 @@ class LlmquantQuantizer(HfQuantizer):
                 raise RecipeError(
                     f"transformers {transformers.__version__} loads no packed experts; install 5.8 or newer"
                 )
-            self._renamings = renamings(model)
+            self._apart = True
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for name, scheme in layout.read_config(self.quantization_config.block, list(linears)).items():
             model.set_submodule(name, _Packed(linears[name], scheme, layout))
@@ -132,8 +132,8 @@ class LlmquantQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Renaming alone, where experts are linears as they are in files: transformers would fuse them."""
-        return list(weight_conversions) if self._renamings is None else self._renamings
+        """Where experts stay apart, renaming alone: transformers would fuse them."""
+        return list(apart(weight_conversions)) if self._apart else list(weight_conversions)
 
     @property
     def is_trainable(self) -> bool:

@@ -86,7 +86,7 @@ def test_several_schemes_with_zero_points_are_refused_not_misread(quantized, ove
         open_client(directory, torch.float32)
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "hy_v3"])
 def test_mixtures_of_experts(quantized, arch):
     """The client keeps experts in the dtype of the scales, whatever was asked for, and computes them in it."""
     directory = quantized(arch=arch, scheme={"group_size": 32})

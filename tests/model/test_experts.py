@@ -142,11 +142,11 @@ def test_a_gate_of_another_kind_is_refused() -> None:
         unfuse(model)
 
 
-def test_experts_beside_the_attention_are_refused() -> None:
+def test_experts_without_a_router_are_refused() -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.experts = Experts()
 
-    with pytest.raises(ArchitectureError, match="experts: experts beside the attention"):
+    with pytest.raises(ArchitectureError, match="experts: experts without a router"):
         routers(Layer())

@@ -1,0 +1,142 @@
+"""What a model's tensors are called in its checkpoint, which may be as another library has named them.
+
+transformers renames tensors while it loads them, and puts the matrices of experts together. Its rules for that are
+data (`conversion_mapping.py`), which is followed here: every renaming, and which of an expert's matrices is which.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from llmquant.checkpoint.reader import Checkpoint
+from llmquant.checkpoint.stacked import DOWN, GATE_UP
+from llmquant.errors import ArchitectureError, CheckpointError
+from llmquant.model.language import own_names, places, towers
+
+FORMER = {"gpt_neox": ("embed_out.", "lm_head.")}  # what transformers has no rule for: from one name to another
+MATRICES = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}  # what transformers puts together from files
+
+
+class Names:
+    """What the tensors of a model are called in a checkpoint."""
+
+    def __init__(self, model: PreTrainedModel, source: Checkpoint) -> None:
+        self.model = model
+        self.source = source
+
+    def all(self) -> dict[str, str]:
+        """For each tensor of the model, but for those that are tied to another; raises what `stored` raises."""
+        tied = tied_names(self.model)
+        return {name: self.stored(name) for name in self.model.state_dict() if name not in tied}
+
+    def stored(self, name: str) -> str:
+        """For a tensor of the model.
+
+        Raises:
+            CheckpointError: it is in no shard.
+            ArchitectureError: it holds experts of a kind that is not known.
+        """
+        if found := self.find(name):
+            return found
+        root, kind = self.source.root, type(self.model).__name__
+        if name.endswith((GATE_UP, DOWN)):
+            raise ArchitectureError(f"{root}: {kind} has experts of a kind that is not known; it is not supported")
+        if name.rpartition(".experts.")[0] and any(each.endswith((GATE_UP, DOWN)) for each in self.source.tensors):
+            raise CheckpointError(f"{root}: holds all experts of a layer in one tensor; this layout is not supported")
+        missing = f"{root}: tensor {name} is missing from every shard"
+        if unknown := self._unknown(name):
+            raise CheckpointError(
+                f"{missing}, and {unknown} is there, which {kind} does not have; these names are not supported"
+            )
+        raise CheckpointError(f"{missing}; fetch the checkpoint again")
+
+    def find(self, name: str) -> str | None:
+        """The same, or for a part of a packed weight; None if it is nowhere."""
+        direct = (each for each in spellings(name, self.model) if each in self.source.tensors)
+        return next(direct, None) or self._renamed.get(name)
+
+    def _unknown(self, name: str) -> str | None:
+        """A tensor that the model does not have, though it stands in none of the modules beside it.
+
+        Of several, the one that is called most like `name`. In a quantized checkpoint none is looked for.
+        """
+        if "quantization_config" in self.source.config:
+            return None
+        known = {found for each in self.model.state_dict() if (found := self.find(each))}
+        others = [each for each in self.source.tensors if each not in known]
+        beside = tuple(f".{tower}." for tower in towers(others, known)) if known else ()
+        own = [each for each in others if not any(tower in f".{each}" for tower in beside)]
+        alike = lambda each: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(each, name, strict=False)))  # noqa: E731
+        return max(own, key=alike, default=None)
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """What transformers would call the checkpoint's tensors -> what they are called."""
+        rules = renamings(self.model)
+        found: dict[str, str] = {}
+        for stored in self.source.tensors if rules else ():
+            for name in own_names(stored):
+                for rule in rules:
+                    name = rule.rename_source_key(name)[0]
+                for spelling in spellings(name, self.model):
+                    found.setdefault(spelling, stored)
+        return found
+
+
+def spellings(name: str, model: PreTrainedModel) -> list[str]:
+    """The names under which a checkpoint may hold a tensor that has not been renamed, most usual first.
+
+    Checkpoints of the base model alone lack its prefix; some hold it where the model has none; and where the model is
+    a part of another, it has a place in that.
+    """
+    prefix = model.base_model_prefix + "."
+    return [name, name.removeprefix(prefix), prefix + name, *places(name)]
+
+
+def renamings(model: PreTrainedModel) -> list[WeightRenaming]:
+    """transformers' rules for the names of a model's tensors, and of those of its experts, which stay apart."""
+    rules = list(apart(get_model_conversion_mapping(model, add_legacy=False)))
+    former = FORMER.get(model.config.model_type)
+    return [*rules, WeightRenaming(*former)] if former else rules
+
+
+def apart(rules: Iterable[Any]) -> Iterator[WeightRenaming]:
+    """Of rules, those that rename; and renamings in the place of those that put experts together."""
+    for rule in rules:
+        if isinstance(rule, WeightRenaming):
+            yield rule
+        for stored, matrix in _matrices(rule):
+            if stored != matrix:
+                # Dots as they are: older ones of transformers leave backslashes in names that they save.
+                yield WeightRenaming(rf"(\.experts\.\d+).{stored}.", rf"\1.{matrix}.")
+
+
+def are_put_together(*model_types: str) -> bool:
+    """Whether transformers puts experts together that lie one by one in a checkpoint of one of these."""
+    rules = (rule for kind in model_types for rule in get_checkpoint_conversion_mapping(kind) or ())
+    return any(list(_matrices(rule)) for rule in rules)
+
+
+def _matrices(rule: Any) -> Iterator[tuple[str, str]]:
+    """What the matrices of an expert are called in files, and which they are, by a rule that puts experts together."""
+    for target, matrices in MATRICES.items():
+        sources = [source.rpartition("*.") for source in rule.source_patterns]
+        if (
+            rule.target_patterns[0].endswith(target[1:])
+            and len(sources) == len(matrices)
+            and all(s[1] for s in sources)
+        ):
+            yield from zip((leaf.removesuffix(".weight") for _, _, leaf in sources), matrices, strict=True)
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names that are only another name for the input embedding."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    output = model.get_output_embeddings()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is output and output is not None}
