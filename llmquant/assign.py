@@ -89,7 +89,7 @@ def check_inside(recipe: Recipe, *, inside: bool) -> None:
 
 def check_experts(layer: Layer, linears: dict[str, Linear]) -> None:
     """Raise RecipeError unless all experts of a layer are alike, which servers compute at once."""
-    experts = [linears[name] for group in layer.groups if group.expert for name in group.linears]
+    experts = [linears[name] for name in layer.experts]
     if other := next((each for each in experts if each.scheme != experts[0].scheme), None):
         raise RecipeError(
             f"overrides: {experts[0].name} and {other.name} are experts of a layer, which servers compute together, "

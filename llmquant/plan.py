@@ -5,6 +5,7 @@ its own: the scheme of every linear, the file of every tensor, bytes, memory and
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import CheckpointError, OutputError, RecipeError
 from llmquant.estimate import Estimate, estimate
 from llmquant.formats import FORMATS
-from llmquant.model.language import below, by_any_name
+from llmquant.model.language import below, by_any_name, every_expert
 from llmquant.model.layout import Layer, Layout, derive_layout
 from llmquant.model.shell import Shell
 from llmquant.native import active_backend
@@ -112,11 +113,11 @@ class Plan:
     def bytes_out(self) -> int:
         return sum(unit.nbytes for unit in self.units)
 
-    @property
+    @cached_property
     def linears(self) -> list[Linear]:
         return list(chain.from_iterable(unit.linears.values() for unit in self.units))
 
-    @property
+    @cached_property
     def schemes(self) -> dict[str, Scheme]:
         return {linear.name: linear.scheme for linear in self.linears if linear.scheme}
 
@@ -213,9 +214,11 @@ def _routers(shell: Shell, layout: Layout) -> list[str]:
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` block of config.json; RecipeError if the layout cannot say so."""
-    told = by_any_name if plan.inside else str
+    experts = {name: every_expert(layer.name) for layer in plan.layers for name in layer.experts}
+    by_name = by_any_name if plan.inside else str
+    told = lambda name: experts.get(name) or by_name(name)  # noqa: E731
     schemes = {told(name): scheme for name, scheme in plan.schemes.items()}
-    skipped = [told(name) for name in plan.all_linears if name not in plan.schemes]
+    skipped = list(dict.fromkeys(told(name) for name in plan.all_linears if name not in plan.schemes))
     if plan.recipe.format == "compressed-tensors":  # whose one scheme would be that of all linears there are
         skipped += map(below, plan.towers)
     return FORMATS[plan.recipe.format].config_block(schemes, skipped)

@@ -270,6 +270,26 @@ def test_files_say_which_linears_are_routers(
                 convert(out, tmp_path / "other", to)
 
 
+def test_files_speak_of_all_experts_of_a_layer_at_once(
+    make_checkpoint: Callable[..., Path], calibration: Path, tmp_path: Path
+) -> None:
+    """By name, several schemes would be tens of thousands of targets, for each of which a loader tries each linear."""
+    attention = {"match": r"re:.*\.[qkv]_proj", "bits": 8}
+    kept = {"match": r"re:model\.layers\.1\.mlp\.experts\..*", "skip": True}
+    for arch in ("mixtral", "qwen3_moe"):
+        quantize(
+            make_checkpoint(arch=arch), tmp_path / arch, recipe(calibration, method="rtn", overrides=[attention, kept])
+        )
+        verify_checkpoint(tmp_path / arch)
+        config = json.loads((tmp_path / arch / "config.json").read_text())["quantization_config"]
+        pattern = r"re:.*layers\.{}\.(\w+\.)*experts\.\d+\.\w+$"
+        targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+        assert [target for target in targets if "experts" in target] == [pattern.format(0)]
+        assert [target for target in config["ignore"] if "experts" in target] == [pattern.format(1)]
+        linears = [name for name, m in load(tmp_path / arch).named_modules() if isinstance(m, QuantLinear)]
+        assert len([name for name in linears if "experts" in name]) == 3 * {"mixtral": 4, "qwen3_moe": 8}[arch]
+
+
 def test_asymmetric_experts_are_noted(make_checkpoint: Callable[..., Path], calibration: Path) -> None:
     wanted = recipe(calibration, scheme={"group_size": 32, "symmetric": False})
     assert "transformers refuses asymmetric experts" in open_plan(make_checkpoint(arch="qwen3_moe"), wanted)[1].notes

@@ -134,13 +134,15 @@ def read_config(block: dict[str, Any], linears: Sequence[str]) -> dict[str, Sche
             raise CheckpointError(
                 f"config.json: quantization_config: {option} is not supported; use a checkpoint of packed weights alone"
             )
-    ignored = block.get("ignore") or []
-    groups = [(group["targets"], _scheme(group, block)) for group in (block.get("config_groups") or {}).values()]
+    ignored = _Targets(block.get("ignore") or [])
+    groups = [
+        (_Targets(group["targets"]), _scheme(group, block)) for group in (block.get("config_groups") or {}).values()
+    ]
     schemes = {}
     for name in linears:
-        if any(_rank(target, name) for target in ignored):
+        if ignored.fit(name):
             continue
-        ranked = [(_rank(target, name), scheme) for targets, scheme in groups for target in targets]
+        ranked = [(targets.fit(name), scheme) for targets, scheme in groups]
         rank, scheme = max(ranked, key=lambda pair: pair[0], default=(0, None))
         if rank and scheme:
             schemes[name] = scheme
@@ -184,13 +186,24 @@ def _scheme(group: dict[str, Any], block: dict[str, Any]) -> Scheme:
     return read_scheme(weights.get("num_bits"), group_size, weights.get("symmetric", True))
 
 
-def _rank(target: str, name: str) -> int:
-    """How well a target fits a linear: 3 by its name, 2 by a pattern, 1 by its class, 0 not at all."""
-    if target == name:
-        return 3
-    if not target.startswith("re:"):
-        return int(target == "Linear")
+class _Targets:
+    """Names, patterns and a class; a mixture has tens of thousands of linears, each of which is looked for."""
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        self.names = {*targets}
+        self.patterns = [_pattern(target) for target in targets if target.startswith("re:")]
+
+    def fit(self, name: str) -> int:
+        """How well they fit a linear: 3 by its name, 2 by a pattern, 1 by its class, 0 not at all."""
+        if name in self.names:
+            return 3
+        if any(pattern.match(name) for pattern in self.patterns):
+            return 2
+        return int("Linear" in self.names)
+
+
+def _pattern(target: str) -> re.Pattern[str]:
     try:
-        return 2 if re.match(target[3:], name) else 0
+        return re.compile(target.removeprefix("re:"))
     except re.error as error:
         raise CheckpointError(f"config.json: quantization_config: {target!r} is no pattern: {error}") from error

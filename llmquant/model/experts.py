@@ -11,7 +11,6 @@ layer, and one that many chose is hardly moved.
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -72,9 +71,8 @@ class Experts(Noted, nn.ModuleList):
         """
         _check(x, index, weights)
         out = torch.zeros_like(x)
-        for expert, (tokens, places) in zip(self, chosen(index, len(self)), strict=True):
-            if len(tokens):
-                out.index_add_(0, tokens, (expert(x[tokens]) * weights[tokens, places, None]).to(out.dtype))
+        for number, tokens, places in sent(index, len(self)):
+            out.index_add_(0, tokens, (self[number](x[tokens]) * weights[tokens, places, None]).to(out.dtype))
         return out
 
     def everywhere(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -96,8 +94,10 @@ class CalibratedExperts(Experts):
         _check(x, index, weights)
         out = torch.zeros_like(x)
         everyone, step = torch.arange(len(x), device=x.device), max(1, len(self) // index.shape[1])
-        for number, (tokens, places) in enumerate(chosen(index, len(self))):
+        own = {number: (tokens, places) for number, tokens, places in sent(index, len(self))}
+        for number in range(len(self)):
             expert: Any = self[number]
+            tokens, places = own.get(number, (everyone[:0], everyone[:0]))
             routed = Routed(torch.cat([tokens, everyone[number % step :: step]]), len(tokens))
             inner = expert.inner(_marked(x[routed.tokens], routed))
             y = expert.down_proj(_marked(inner, routed))[: routed.chosen]
@@ -121,13 +121,18 @@ def routed(x: Tensor) -> Routed | None:
     return getattr(x, "routed", None)
 
 
-def chosen(index: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each expert the tokens that chose it, in order, and in which of their k places; `index` int64 [tokens, k]."""
+def sent(index: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Experts that tokens chose, these in order, and in which of their k places; `index` int64 [tokens, k].
+
+    An index of `count` is nobody's. Of hundreds of experts a token chooses a few: the others cost nothing here.
+    """
     flat, k = index.reshape(-1), index.shape[1]
-    counts = torch.bincount(flat, minlength=count + 1).tolist()  # an index of `count` is nobody's
     rows = flat.argsort(stable=True)
-    parts = zip((rows // k).split(counts), (rows % k).split(counts), strict=True)
-    return islice(parts, count)
+    numbers, counts = flat[rows].unique_consecutive(return_counts=True)
+    sizes = counts.tolist()
+    for number, tokens, places in zip(numbers.tolist(), (rows // k).split(sizes), (rows % k).split(sizes), strict=True):
+        if number < count:
+            yield number, tokens, places
 
 
 def unfuse(model: nn.Module, *, calibrated: bool = False) -> None:

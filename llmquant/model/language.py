@@ -82,6 +82,11 @@ def by_any_name(linear: str) -> str:
     return f"re:.*{re.escape(linear.removeprefix('model.'))}$"
 
 
+def every_expert(layer: str) -> str:
+    """A pattern for the linears of all experts of a layer, whatever the block that they stand in is called."""
+    return rf"re:.*{re.escape(layer.removeprefix('model.'))}\.(\w+\.)*experts\.\d+\.\w+$"
+
+
 def below(tower: str) -> str:
     """A pattern for all that is in a tower."""
     return rf"re:.*{re.escape(tower)}\..*"

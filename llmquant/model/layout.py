@@ -82,12 +82,16 @@ class Layer:
         return (states, *[None] * (self.returned - 1)) if self.returned else states
 
     @property
+    def experts(self) -> list[str]:
+        """Their linears, in forward order."""
+        return [name for group in self.groups if group.expert for name in group.linears]
+
+    @property
     def mixture(self) -> str | None:
         """The block that experts, their router and what they share stand in; of experts in the layer itself, these."""
-        expert = next((group.linears[0] for group in self.groups if group.expert), None)
-        if expert is None:
+        if not self.experts:
             return None
-        experts = expert.rsplit(".", 2)[0]
+        experts = self.experts[0].rsplit(".", 2)[0]
         block = experts.rpartition(".")[0]
         return experts if block == self.name else block
 

@@ -91,7 +91,7 @@ def read_facts(directory: Path, evaluation: Path | None = None) -> Facts:
 def _linears(directory: Path, records: dict[str, dict[str, Any]]) -> list[Linear]:
     source = Checkpoint.open(directory)
     layout = derive_layout(read_config(source))
-    experts = {name for layer in layout.layers for group in layer.groups if group.expert for name in group.linears}
+    experts = {name for layer in layout.layers for name in layer.experts}
     block = source.config["quantization_config"]
     schemes = for_config(block).read_config(block, list(layout.shapes))
     found = []

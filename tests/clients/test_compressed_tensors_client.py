@@ -86,10 +86,13 @@ def test_several_schemes_with_zero_points_are_refused_not_misread(quantized, ove
         open_client(directory, torch.float32)
 
 
+@pytest.mark.parametrize("overrides", [[], [{"match": r"re:.*\.[qkv]_proj", "bits": 8}]], ids=["one scheme", "two"])
 @pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "hy_v3"])
-def test_mixtures_of_experts(quantized, arch):
+def test_mixtures_of_experts(quantized, arch, overrides):
     """The client keeps experts in the dtype of the scales, whatever was asked for, and computes them in it."""
-    directory = quantized(arch=arch, scheme={"group_size": 32})
+    if overrides and arch == "deepseek_v3":
+        overrides = [{"match": r"re:.*\.q_b_proj", "bits": 8}]
+    directory = quantized(arch=arch, scheme={"group_size": 32}, overrides=overrides)
     client, ours = open_client(directory, torch.float32), real(directory)
     for name, experts in [(name, module) for name, module in ours.named_modules() if isinstance(module, Experts)]:
         for linear in experts.modules():

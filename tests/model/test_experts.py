@@ -14,10 +14,10 @@ from llmquant.errors import ArchitectureError
 from llmquant.model.experts import (
     CalibratedExperts,
     Experts,
-    chosen,
     has_experts,
     routed,
     routers,
+    sent,
     unfuse,
     without_guests,
 )
@@ -67,8 +67,8 @@ def test_the_model_computes_what_it_did(arch: str, calibrated: bool) -> None:
 
 def test_the_tokens_of_each_expert_in_order() -> None:
     index = torch.tensor([[2, 0], [2, 4], [0, 2], [1, 4]])  # of four experts: 4 is nobody's
-    found = [(tokens.tolist(), places.tolist()) for tokens, places in chosen(index, 4)]
-    assert found == [([0, 2], [1, 0]), ([3], [0]), ([0, 1, 2], [0, 0, 1]), ([], [])]
+    found = [(expert, tokens.tolist(), places.tolist()) for expert, tokens, places in sent(index, 4)]
+    assert found == [(0, [0, 2], [1, 0]), (1, [3], [0]), (2, [0, 1, 2], [0, 0, 1])]
 
 
 def test_an_expert_without_tokens_is_called_while_calibrating_alone(experts: CalibratedExperts) -> None:
