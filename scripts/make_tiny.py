@@ -72,11 +72,25 @@ EXTRA: dict[str, dict[str, Any]] = {
     "bamba": STATE_SPACE | {"attn_layer_indices": [1]},
     "exaone_moe": {"num_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "hy_v3": {"num_experts": 8, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1},
+    "nemotron_h": {  # experts without gates
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_shared_expert_intermediate_size": 64,
+    },
     "minimax": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "mimo_v2_flash": {"n_routed_experts": 8, "num_experts_per_tok": 2, "v_head_dim": 16} | KINDS,
 }
 # Those whose experts have a size of their own.
-MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "exaone_moe", "hy_v3")
+MIXTURES = (
+    "qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "exaone_moe", "hy_v3",
+    "ernie4_5_moe", "nemotron_h",
+)  # fmt: skip
 MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 
 

@@ -10,7 +10,6 @@ layer, and one that many chose is hardly moved.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +20,9 @@ from llmquant.model.noted import Noted
 
 GUEST_WEIGHT = 1 / 16  # of a token's share in the Hessian; there are as many guests as there would be even shares
 
-# What transformers says of an experts module that computes down(act(gate(x)) * up(x)) from [gate; up] and down.
+# What transformers says of an experts module that computes down(act(gate(x)) * up(x)) from [gate; up] and down, or
+# down(act(up(x))) from up and down.
 PLAIN = {
-    "has_gate": True,
     "has_bias": False,
     "is_transposed": False,
     "is_concatenated": True,
@@ -41,19 +40,26 @@ class Routed(NamedTuple):
 
 
 class Expert(Noted):
-    """A gated feed-forward block."""
+    """A feed-forward block, gated or not, with the activation of a fused one."""
 
-    def __init__(self, hidden: int, inner: int, act_fn: Any, like: Tensor) -> None:
+    def __init__(self, fused: Any) -> None:
         super().__init__()
-        linear = partial(nn.Linear, bias=False, device=like.device, dtype=like.dtype)
-        self.gate_proj = linear(hidden, inner)
-        self.up_proj = linear(hidden, inner)
-        self.down_proj = linear(inner, hidden)
-        self.act_fn = act_fn
+        _, hidden, inner = fused.down_proj.shape
+        like = {"device": fused.down_proj.device, "dtype": fused.down_proj.dtype}
+        self.gate_proj = nn.Linear(hidden, inner, bias=False, **like) if fused.has_gate else None
+        self.up_proj = nn.Linear(hidden, inner, bias=False, **like)
+        self.down_proj = nn.Linear(inner, hidden, bias=False, **like)
+        self.act_fn: Any = getattr(fused, "act_fn", None)
+        self.apply_gate: Any = None if _gates_plainly(fused) else fused._apply_gate
 
     def inner(self, x: Tensor) -> Tensor:
         """The input of `down_proj`."""
-        inner: Tensor = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if self.gate_proj is None:
+            inner: Tensor = self.act_fn(self.up_proj(x))
+        elif self.apply_gate is None:
+            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        else:
+            inner = self.apply_gate(torch.cat((self.gate_proj(x), self.up_proj(x)), -1))
         return inner
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,17 +151,21 @@ def unfuse(model: nn.Module, *, calibrated: bool = False) -> None:
         if not hasattr(module, "has_gate"):
             continue
         fused: Any = module
-        gate = getattr(fused, "_apply_gate", None)  # act(gate) * up, unless the model says otherwise
-        plain = all(getattr(fused, option, value) == value for option, value in PLAIN.items())
-        if not plain or getattr(gate, "__name__", GATE) != GATE:
+        if any(getattr(fused, option, value) != value for option, value in PLAIN.items()):
             raise ArchitectureError(
                 f"{name}: {type(fused).__name__} is not made of gate, up and down alone; "
                 "this architecture is not supported"
             )
-        count, hidden, inner = fused.down_proj.shape
         kind = CalibratedExperts if calibrated else Experts
-        experts = kind(Expert(hidden, inner, fused.act_fn, fused.down_proj) for _ in range(count))
+        experts = kind(Expert(fused) for _ in range(len(fused.down_proj)))
+        for weight in ("gate_up_proj", "up_proj", "down_proj"):  # what gates may live on, without them
+            fused._parameters.pop(weight, None)
         model.set_submodule(name, experts.train(fused.training))
+
+
+def _gates_plainly(fused: Any) -> bool:
+    """act(gate) * up, as transformers adds it where a family has no other."""
+    return getattr(getattr(fused, "_apply_gate", None), "__name__", GATE) == GATE
 
 
 def has_experts(model: nn.Module) -> bool:

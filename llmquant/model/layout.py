@@ -117,9 +117,13 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
         ArchitectureError: names what could not be derived.
     """
     mode = FakeTensorMode()
-    with mode:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
-        unfuse(model)
+    try:
+        with mode:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+            unfuse(model)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ArchitectureError(f"{config.model_type}: cannot be built without its weights: {reason}") from error
     layers = decoder_layers(model, config)
     routing = tuple(
         f"{name}.{kept}" for name, module in layers.items() for kept in chain(routers(module), gates(module))
@@ -177,7 +181,8 @@ def _check_weights(name: str, layer: nn.Module, config: PretrainedConfig, routin
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == module.in_channels)
     }
     for parameter, tensor in layer.named_parameters(prefix=name):
-        if tensor.dim() > 1 and id(tensor) not in weights and parameter.rpartition(".")[0] not in routing:
+        routed = any(parameter.startswith(f"{router}.") for router in routing)
+        if tensor.dim() > 1 and id(tensor) not in weights and not routed:
             raise ArchitectureError(
                 f"{config.model_type}: {parameter} {tuple(tensor.shape)} belongs to no linear (fused experts?); "
                 "this architecture is not supported"
@@ -266,7 +271,7 @@ def _layer(
     groups = []
     for source, names in members.items():
         experts = next((each for each in shared if names[0].startswith(f"{each}.")), None)
-        if experts and names[0].endswith(".gate_proj"):
+        if experts and not names[0].endswith(".down_proj"):
             source = shared[experts]  # of which each expert receives some tokens
         norm = produced_by_norm.get(source)
         groups.append(Group(tuple(names), norm, source not in shared.values(), experts is not None))

@@ -19,7 +19,11 @@ from llmquant.errors import ArchitectureError, CheckpointError
 from llmquant.model.language import own_names, places, towers
 
 FORMER = {"gpt_neox": ("embed_out.", "lm_head.")}  # what transformers has no rule for: from one name to another
-MATRICES = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}  # what transformers puts together from files
+MATRICES = {
+    GATE_UP: ("gate_proj", "up_proj"),
+    DOWN: ("down_proj",),
+    ".experts.up_proj": ("up_proj",),
+}  # what transformers puts together from files
 
 
 class Names:

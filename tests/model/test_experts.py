@@ -131,15 +131,19 @@ def test_other_shapes_are_refused(experts: CalibratedExperts) -> None:
                 call(*given)
 
 
-def test_a_gate_of_another_kind_is_refused() -> None:
-    model = random_model(Spec(arch="qwen3_moe"))
-
-    def _clamped(self: Any, states: Tensor) -> Tensor:
-        raise AssertionError
-
-    model.model.layers[1].mlp.experts._apply_gate = _clamped
-    with pytest.raises(ArchitectureError, match=r"model\.layers\.1\.mlp\.experts: Qwen3MoeExperts is not made of"):
-        unfuse(model)
+def test_a_gate_of_another_kind_is_kept() -> None:
+    family = pytest.importorskip("transformers.models.minimax_m3_vl", reason="an older transformers")
+    sizes = {"num_local_experts": 8, "hidden_size": 64, "intermediate_size": 32}
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.experts = family.modeling_minimax_m3_vl.MiniMaxM3VLExperts(
+        family.MiniMaxM3VLTextConfig(**sizes, swiglu_limit=0.5)  # so low that it shows
+    )
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, (index, weights) = torch.randn(20, 64), route(20)
+    expected, found = (each.experts(x, index, weights) for each in (block, unfused(block)))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_without_a_router_are_refused() -> None:
