@@ -37,6 +37,9 @@ LINEAR = {  # attention in the first layer
     "shared_expert_intermediate_size": 64,
     "rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
 }
+GLM = QWEN | {"image_size": 28, "patch_size": 14}
+GLM_TEXT = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}
+GLM_EXPERTS = EXPERTS | {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 GEMMA_4 = TEXT | {"global_head_dim": 16}
 GEMMA_4_EXPERTS = EXPERTS | {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -57,6 +60,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": TEXT | EXPERTS | MROPE,
         "vision_config": QWEN | {"deepstack_visual_indexes": [0]},
     },
+    "glm4v": {"text_config": TEXT | GLM_TEXT, "vision_config": GLM},
+    "glm4v_moe": {"text_config": TEXT | GLM_TEXT | GLM_EXPERTS, "vision_config": GLM},
     "qwen3_5_moe": {"text_config": TEXT | EXPERTS | LINEAR, "vision_config": QWEN},
 }
 LONELY = ("gemma4_experts", "qwen3_vl_moe")  # whose experts transformers does not find one by one

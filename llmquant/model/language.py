@@ -20,6 +20,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"model_type": "qwen2"},
     "qwen3_vl_text": {"model_type": "qwen3"},
     "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
+    "glm4v_text": {"model_type": "glm4"},
+    "glm4v_moe_text": {"model_type": "glm4_moe"},
 }
 OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")  # three positions for each token, which are equal for text
 PLACES = ("model.language_model.", "model.text_model.")  # in the place of `model.`
