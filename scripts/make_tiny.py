@@ -83,6 +83,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_shared_expert_intermediate_size": 64,
     },
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "minimax": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "mimo_v2_flash": {"n_routed_experts": 8, "num_experts_per_tok": 2, "v_head_dim": 16} | KINDS,
 }

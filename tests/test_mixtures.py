@@ -40,7 +40,7 @@ import make_tiny
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"]
 MORE = ["deepseek_v2", "phimoe", "minimax_m2", "hunyuan_v1_moe", "exaone_moe", "hy_v3", "minimax", "mimo_v2_flash"]
-MORE += ["ernie4_5_moe", "nemotron_h"]
+MORE += ["ernie4_5_moe", "nemotron_h", "granitemoe"]
 EXPERTS = ".experts."
 WEIGHT = 1 / 16  # of a guest
 

@@ -4,7 +4,8 @@
     <block>.experts.down_proj     [experts, hidden, inner]
 
 Qwen3-VL has each matrix transposed, [experts, hidden, 2 inner] and [experts, inner, hidden]: sizes tell which it is.
-(Layouts: transformers, `conversion_mapping.py`.)
+Granite calls them <block>.input_linear.weight and <block>.output_linear.weight. (Layouts: transformers,
+`conversion_mapping.py`.)
 """
 
 import math
@@ -18,6 +19,7 @@ from llmquant.checkpoint.shard import TensorInfo
 from llmquant.errors import CheckpointError
 
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
+PAIRS = {GATE_UP: DOWN, ".input_linear.weight": ".output_linear.weight"}
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32)
 MOST = 4096  # experts of a layer; bounds the memory that a hostile header can ask for
 
@@ -49,12 +51,14 @@ def find_stacked(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, lis
     """
     found: dict[str, list[Part]] = {}
     for name, gate_up in tensors.items():
-        block = name.removesuffix(GATE_UP)
-        if block == name or (down := tensors.get(f"{block}{DOWN}")) is None:
-            continue
-        if {gate_up.dtype, down.dtype} <= {*NUMBERS} and (turned := _is_turned(gate_up.shape, down.shape)) is not None:
-            found[name] = list(_parts(block, ("gate_proj", "up_proj"), gate_up, turned=turned))
-            found[f"{block}{DOWN}"] = list(_parts(block, ("down_proj",), down, turned=turned))
+        for first, second in PAIRS.items():
+            block = name.removesuffix(first)
+            down = tensors.get(f"{block}{second}") if block != name else None
+            if down is None or not {gate_up.dtype, down.dtype} <= {*NUMBERS}:
+                continue
+            if (turned := _is_turned(gate_up.shape, down.shape)) is not None:
+                found[name] = list(_parts(block, ("gate_proj", "up_proj"), gate_up, turned=turned))
+                found[f"{block}{second}"] = list(_parts(block, ("down_proj",), down, turned=turned))
     for name, parts in found.items():
         for part in parts:
             if part.name in tensors:
