@@ -150,14 +150,19 @@ if [[ $parts == *serve* ]]; then
 fi
 for process in "${checks[@]}"; do wait "$process" || status=1; done
 if [[ $parts == *kernels* ]]; then
-    step bench 240 "$python" scripts/bench_kernels.py "$out/kernels.json" --device cuda \
-        --shapes 8192x28672,8192x8192,4096x14336,14336x4096 --tokens 1,2,4,8,16,32,64,128,256,512,1024,4096 || status=1
+    shapes=8192x28672,8192x8192,4096x14336,14336x4096
+    step bench 240 "$python" scripts/bench_kernels.py "$out/kernels.json" --device cuda --shapes "$shapes" \
+        --tokens 1,2,4,8,16,32,64,128,256,512,1024,4096 || status=1
+    # What the table does not choose, beside what it does.
+    step bench-paths 120 "$python" scripts/bench_kernels.py "$out/paths.json" --device cuda --shapes "$shapes" \
+        --tokens 512,1024,4096 --paths --backends 'llmquant wgmma,llmquant pairs,llmquant boxes,cuBLAS' || status=1
 fi
 if [[ $parts == *solver* ]]; then
     step bench-solve 180 "$python" scripts/bench_solve.py --device cuda --json "$out/solve.json" || status=1
 fi
 
 [[ ! -f $out/bench.log ]] || cat "$out/bench.log"
+[[ ! -f $out/bench-paths.log ]] || cat "$out/bench-paths.log"
 [[ ! -f $out/bench-solve.log ]] || cat "$out/bench-solve.log"
 cat "$out/summary.txt"
 exit "$status"
