@@ -19,11 +19,8 @@ from llmquant.errors import ArchitectureError, CheckpointError
 from llmquant.model.language import own_names, places, towers
 
 FORMER = {"gpt_neox": ("embed_out.", "lm_head.")}  # what transformers has no rule for: from one name to another
-MATRICES = {
-    GATE_UP: ("gate_proj", "up_proj"),
-    DOWN: ("down_proj",),
-    ".experts.up_proj": ("up_proj",),
-}  # what transformers puts together from files
+# What transformers puts together from the matrices of each expert.
+MATRICES = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",), ".experts.up_proj": ("up_proj",)}
 
 
 class Names:
@@ -129,13 +126,9 @@ def are_put_together(*model_types: str) -> bool:
 def _matrices(rule: Any) -> Iterator[tuple[str, str]]:
     """What the matrices of an expert are called in files, and which they are, by a rule that puts experts together."""
     for target, matrices in MATRICES.items():
-        sources = [source.rpartition("*.") for source in rule.source_patterns]
-        if (
-            rule.target_patterns[0].endswith(target[1:])
-            and len(sources) == len(matrices)
-            and all(s[1] for s in sources)
-        ):
-            yield from zip((leaf.removesuffix(".weight") for _, _, leaf in sources), matrices, strict=True)
+        leaves = [source.rpartition("*.")[2] for source in rule.source_patterns if "*." in source]
+        if rule.target_patterns[0].endswith(target[1:]) and len(leaves) == len(matrices):
+            yield from zip((leaf.removesuffix(".weight") for leaf in leaves), matrices, strict=True)
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
