@@ -57,7 +57,7 @@ def _quantized(source: Checkpoint, block: dict[str, Any], layout: Layout) -> dic
     schemes = form.read_config(block, list(layout.shapes))
     names = Names(empty_model(read_config(source)), source)
     parts = (next(iter(form.specs(name, *layout.shapes[name], schemes[name], torch.float32))) for name in schemes)
-    stored = {names.stored(part).rpartition(".")[0] for part in parts}
+    stored = {found.rpartition(".")[0] for part in parts if (found := names.find(part))}
     packed = sum(
         info.nbytes
         for name, info in source.tensors.items()

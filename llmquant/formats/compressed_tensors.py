@@ -135,9 +135,12 @@ def read_config(block: dict[str, Any], linears: Sequence[str]) -> dict[str, Sche
                 f"config.json: quantization_config: {option} is not supported; use a checkpoint of packed weights alone"
             )
     ignored = _Targets(block.get("ignore") or [])
-    groups = [
-        (_Targets(group["targets"]), _scheme(group, block)) for group in (block.get("config_groups") or {}).values()
-    ]
+    told = block.get("config_groups") or {}
+    if not isinstance(told, dict) or not all(isinstance(group, dict) for group in told.values()):
+        raise CheckpointError(
+            "config.json: quantization_config: config_groups: are no groups; fetch the checkpoint again"
+        )
+    groups = [(_Targets(group.get("targets")), _scheme(group, block)) for group in told.values()]
     schemes = {}
     for name in linears:
         if ignored.fit(name):
@@ -189,7 +192,11 @@ def _scheme(group: dict[str, Any], block: dict[str, Any]) -> Scheme:
 class _Targets:
     """Names, patterns and a class; a mixture has tens of thousands of linears, each of which is looked for."""
 
-    def __init__(self, targets: Sequence[str]) -> None:
+    def __init__(self, targets: Any) -> None:
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise CheckpointError(
+                f"config.json: quantization_config: {targets!r:.80} is no list of names; fetch the checkpoint again"
+            )
         self.names = {*targets}
         self.patterns = [_pattern(target) for target in targets if target.startswith("re:")]
 

@@ -144,6 +144,22 @@ def test_config_that_cannot_be_read(weights: dict[str, object], message: str) ->
         compressed_tensors.read_config(foreign(**weights), LINEARS)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ignore": [{"name": "lm_head"}]}, r"\[\{'name': 'lm_head'\}\] is no list of names"),
+        ({"ignore": "lm_head"}, "'lm_head' is no list of names"),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, "None is no list of names"),
+        ({"config_groups": {"group_0": {"targets": [4]}}}, r"\[4\] is no list of names"),
+        ({"config_groups": {"group_0": []}}, "config_groups: are no groups"),
+        ({"config_groups": [{}]}, "config_groups: are no groups"),
+    ],
+)
+def test_targets_that_are_none(change: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"^config\.json: quantization_config: {message}"):
+        compressed_tensors.read_config(foreign() | change, LINEARS)
+
+
 def test_broken_pattern_and_other_layouts() -> None:
     with pytest.raises(CheckpointError, match=r"'re:\(' is no pattern"):
         compressed_tensors.read_config(foreign() | {"ignore": ["re:("]}, LINEARS)
