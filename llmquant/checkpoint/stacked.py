@@ -4,8 +4,8 @@
     <block>.experts.down_proj     [experts, hidden, inner]
 
 Qwen3-VL has each matrix transposed, [experts, hidden, 2 inner] and [experts, inner, hidden]: sizes tell which it is.
-Granite calls them <block>.input_linear.weight and <block>.output_linear.weight. (Layouts: transformers,
-`conversion_mapping.py`.)
+Granite's blocks, `block_sparse_moe`, have <block>.input_linear.weight and <block>.output_linear.weight instead.
+(Layouts: transformers, `conversion_mapping.py`.)
 """
 
 import math
@@ -19,7 +19,7 @@ from llmquant.checkpoint.shard import TensorInfo
 from llmquant.errors import CheckpointError
 
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
-PAIRS = {GATE_UP: DOWN, ".input_linear.weight": ".output_linear.weight"}
+PAIRS = ((GATE_UP, DOWN, ""), (".input_linear.weight", ".output_linear.weight", ".block_sparse_moe"))  # of such blocks
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32)
 MOST = 4096  # experts of a layer; bounds the memory that a hostile header can ask for
 
@@ -51,9 +51,9 @@ def find_stacked(tensors: Mapping[str, TensorInfo], where: str) -> dict[str, lis
     """
     found: dict[str, list[Part]] = {}
     for name, gate_up in tensors.items():
-        for first, second in PAIRS.items():
+        for first, second, owner in PAIRS:
             block = name.removesuffix(first)
-            down = tensors.get(f"{block}{second}") if block != name else None
+            down = tensors.get(f"{block}{second}") if block != name and block.endswith(owner) else None
             if down is None or not {gate_up.dtype, down.dtype} <= {*NUMBERS}:
                 continue
             if (turned := _is_turned(gate_up.shape, down.shape)) is not None:
