@@ -9,6 +9,8 @@ from llmquant.model.layout import Group, Layer, Layout
 from llmquant.recipe import Recipe
 from llmquant.scheme import GROUP_SIZES, Scheme
 
+FEWEST = min(size for size in GROUP_SIZES if size > 0)
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -54,6 +56,8 @@ def _settle(name: str, m: int, n: int, scheme: Scheme | None, recipe: Recipe, gr
     """
     if scheme is None:
         return Linear(name, m, n, None, "kept: the recipe skips it")
+    if n < FEWEST:
+        return Linear(name, m, n, None, f"kept: {n} columns are less than any group")
     note, divided = "", gcd(m, n) if group.expert else n
     if scheme.group_size > 0 and divided % scheme.group_size:
         fitting = [g for g in GROUP_SIZES if 0 < g < scheme.group_size and divided % g == 0]

@@ -20,7 +20,7 @@ def notes(units: tuple["Unit", ...], recipe: Recipe, shell: Shell, layout: Layou
     return (
         *_linear_notes(units),
         *_outside_notes(shell),
-        *_router_notes(shell, layout),
+        *_kept_notes(shell, layout),
         *_caveats(units, recipe),
         *_tensor_parallel_notes(units, recipe, shell),
         *_spill_notes(cost),
@@ -77,8 +77,14 @@ def _outside_notes(shell: Shell) -> list[str]:
     return found
 
 
-def _router_notes(shell: Shell, layout: Layout) -> list[str]:
-    found = [f"{len(layout.routers)} routers and gates: kept in their original precision"] if layout.routers else []
+def _kept_notes(shell: Shell, layout: Layout) -> list[str]:
+    found = [f"{len(layout.kept)} routers, gates and the like: kept in their original precision"] if layout.kept else []
+    if layout.strays:
+        owners = {
+            name: layer.name for layer in layout.layers for name in layout.strays if name.startswith(f"{layer.name}.")
+        }
+        leaves = dict.fromkeys(name.removeprefix(f"{owners[name]}.") for name in layout.strays)
+        found.append(f"{', '.join(leaves)} in {len(set(owners.values()))} layers: no linear's, kept")
     if shell.lonely_experts:
         found.append("transformers alone leaves these experts random, with a warning; `import llmquant` loads them")
     return found

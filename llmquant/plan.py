@@ -209,7 +209,7 @@ def make_plan(recipe: Recipe, shell: Shell, max_memory: int | None = None) -> Pl
 
 def _routers(shell: Shell, layout: Layout) -> list[str]:
     """Those that are no linears here, by the names that servers have, which make linears of them."""
-    return [shell.stored_prefix(name) for name in layout.routers if name not in layout.shapes]
+    return [shell.stored_prefix(name) for name in layout.kept if name not in layout.shapes]
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:

@@ -35,6 +35,7 @@ LATENT = {  # attention, and experts in all layers but the first
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }
+CHOOSING = LATENT | {"n_group": 1, "topk_group": 1, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
 LINEAR = {  # attention without keys to remember, in every other layer
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -61,6 +62,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1},
+    "deepseek_v32": CHOOSING,
+    "glm_moe_dsa": CHOOSING,
     "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "num_experts_per_tok": 2},
@@ -86,11 +89,15 @@ EXTRA: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "minimax": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "mimo_v2_flash": {"n_routed_experts": 8, "num_experts_per_tok": 2, "v_head_dim": 16} | KINDS,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
+    "gemma3n_text": SLIDING
+    | {"layer_types": KINDS["layer_types"], "activation_sparsity_pattern": [0.95, 0.0], "num_kv_shared_layers": 0}
+    | {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512, "laurel_rank": 32},
 }
 # Those whose experts have a size of their own.
 MIXTURES = (
-    "qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "exaone_moe", "hy_v3",
-    "ernie4_5_moe", "nemotron_h",
+    "qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa",
+    "exaone_moe", "hy_v3", "ernie4_5_moe", "nemotron_h",
 )  # fmt: skip
 MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 

@@ -50,7 +50,7 @@ def test_gates_are_kept_and_nothing_folds_into_what_they_read(arch: str, make_ch
     layout = derive_layout(AutoConfig.from_pretrained(make_checkpoint(arch=arch)))
     mixer = "model.layers.0.linear_attn."
     kept = {f"{mixer}{gate}" for gate in GATED[arch]}
-    assert kept <= set(layout.routers)
+    assert kept <= set(layout.kept)
     assert not kept & set(layout.linears())
     first, last = (group for group in layout.layers[0].groups if group.linears[0].startswith(mixer))
     assert len(first.linears) == len(kept)  # the other projections of the same input

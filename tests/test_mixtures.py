@@ -343,4 +343,4 @@ def test_a_shell_shows_guests_and_a_loaded_model_does_not(make_checkpoint: Calla
     assert shell.names["model.layers.1.mlp.experts.3.up_proj.weight"] == (
         "model.layers.1.block_sparse_moe.experts.3.w3.weight"
     )
-    assert derive_layout(shell.config).routers == tuple(f"model.layers.{i}.mlp.gate" for i in (0, 1))
+    assert derive_layout(shell.config).kept == tuple(f"model.layers.{i}.mlp.gate" for i in (0, 1))

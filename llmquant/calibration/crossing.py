@@ -88,8 +88,9 @@ class Crossing:
 
     @cached_property
     def _sizes(self) -> list[Tensor]:
-        """Root mean square of each token's state before the layer, [B, T] for each batch."""
-        return [states.float().square().mean(-1).sqrt().clamp(min=1e-6) for states in self.stream.hidden]
+        """Root mean square of each token's state before the layer, [B, T] for each batch; over all that it has."""
+        squares = (states.float().square().mean(-1) for states in self.stream.hidden)
+        return [each.view(-1, *each.shape[-2:]).mean(0).sqrt().clamp(min=1e-6) for each in squares]
 
     def again(self) -> None:
         """What the batches have passed already has changed: bring them anew to where they stand."""

@@ -89,7 +89,7 @@ class Stream:
         def forward(module: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if first:
                 hidden.append(states.cpu())
-            self._arguments.setdefault(states.shape[:2], {})[layer.name] = (args, kwargs)
+            self._arguments.setdefault(states.shape[-3:-1], {})[layer.name] = (args, kwargs)
             return layer.as_returned(states)
 
         return forward
@@ -103,7 +103,7 @@ class Stream:
 
     def forward(self, layer: Layer, module: Callable[..., Any], states: Sequence[Tensor], batch: int) -> Tensor:
         """One batch's states after the layer, [B, T, hidden]; gradients flow if they are on."""
-        args, kwargs = self._arguments[states[batch].shape[:2]][layer.name]
+        args, kwargs = self._arguments[states[batch].shape[-3:-1]][layer.name]
         out = module(states[batch].to(self._shell.device), *args, **kwargs)
         return (out[0] if layer.returned else out).cpu()
 

@@ -1,5 +1,8 @@
 """Our causal attention among those of transformers, which takes the others wherever ours does not serve."""
 
+import inspect
+import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from llmquant.native import Library, find_library
 NAME = "llmquant"
 ATTENTION = torch.ops.llmquant.attention.default
 FEWEST = 16  # queries; a token by itself is torch's
+COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\b)")
 
 
 def attend(
@@ -51,9 +55,28 @@ def causal_mask(**asked: Any) -> Tensor | None:
 
 
 def use_attention(model: PreTrainedModel) -> None:
-    """Let the model attend by ours, if it would by torch's `scaled_dot_product_attention` and the library is there."""
-    if model.config._attn_implementation == "sdpa" and isinstance(find_library(), Library):
+    """Let the model attend by ours, if it would by torch's `scaled_dot_product_attention` and the library is there.
+
+    Not where its own code asks for the name: DeepSeek-V3.2's hides the tokens that it did not choose by names that it
+    knows alone, and attends to all of them by any other.
+    """
+    usual = model.config._attn_implementation == "sdpa" and isinstance(find_library(), Library)
+    if usual and not any(map(_asks_for_the_name, {type(module) for module in model.modules()})):
         model.set_attn_implementation(NAME)
+
+
+@cache
+def _asks_for_the_name(kind: type[nn.Module]) -> bool:
+    """Whether the code of a module compares the name of the attention with others; if nobody can tell, it does.
+
+    Whole models may: how Gemma 4 passes fewer queries than keys is right for ours.
+    """
+    if kind.__module__.startswith("torch.") or issubclass(kind, PreTrainedModel):
+        return False
+    try:
+        return bool(COMPARED.search(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return True
 
 
 AttentionInterface.register(NAME, attend)

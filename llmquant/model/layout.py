@@ -7,7 +7,10 @@ hook can see: whether a norm's gain is stored as an offset from one, and which l
 elementwise into which. Where a layer has experts, all of them are called for all tokens.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -52,9 +55,11 @@ FAMILIES = {
 }
 
 
-# What a linear attention forgets by and writes by, a row or two for each head. They are kept as they are: they are few,
-# and what they say is multiplied up over all tokens that follow.
-GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
+# What a linear attention forgets by and writes by, a row or two for each head, and some of what DeepSeek's sparse
+# attention chooses tokens by. They are kept as they are: they are few, what they say is multiplied up over all tokens
+# that follow, and vLLM makes one linear of wk and weights_proj, which it never quantizes.
+GATES = (".in_proj_a", ".in_proj_b", ".in_proj_ba", ".indexer.wk", ".indexer.weights_proj")
+STRAY = 1 / 16  # of a layer's weights may belong to no linear, as what a state space decays by: kept, and said
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,11 @@ class Layout:
     model_type: str
     layers: tuple[Layer, ...]
     shapes: dict[str, tuple[int, int]]  # every nn.Linear -> (m, n)
-    routers: tuple[str, ...] = ()  # linears and other modules that send tokens to experts, and gates
+    kept: tuple[str, ...] = ()  # modules that send tokens to experts, gates, and linears whose weight others read
+    strays: tuple[str, ...] = ()  # the few weights in layers that belong to no linear
 
     def linears(self) -> list[str]:
-        """The linears inside decoder layers, in forward order; without routers and gates, which are kept."""
+        """The linears inside decoder layers, in forward order, without those that are kept."""
         return [name for layer in self.layers for group in layer.groups for name in group.linears]
 
 
@@ -125,28 +131,29 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
         reason = str(error).splitlines()[0]
         raise ArchitectureError(f"{config.model_type}: cannot be built without its weights: {reason}") from error
     layers = decoder_layers(model, config)
-    routing = tuple(
-        f"{name}.{kept}" for name, module in layers.items() for kept in chain(routers(module), gates(module))
-    )
-    for name, module in layers.items():
-        _check_weights(name, module, config, routing)
-    calls, returned = _watch(model, layers, mode, routing)
+    routing = tuple(f"{name}.{n}" for name, module in layers.items() for n in chain(routers(module), gates(module)))
+    calls, returned, read = _watch(model, layers, mode, routing)
+    times = Counter(call.module for call in calls)
+    loose = {*read, *(call.module for call in calls if call.kind is nn.Linear and times[call.module] > 1)}
+    calls = [call._replace(kind=_Kept) if call.module in loose else call for call in calls]
+    kept = (*routing, *sorted(loose))
+    strays = chain.from_iterable(_strays(name, module, config, routing, loose) for name, module in layers.items())
     family = FAMILIES.get(config.model_type, Family(norm_offset=None))
     return Layout(
         model_type=config.model_type,
         layers=tuple(
-            _layer(name, module, calls, family, config, routing, returned=returned.get(name, 0))
+            _layer(name, module, calls, family, config, kept, returned=returned.get(name, 0))
             for name, module in layers.items()
         ),
         shapes={n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
-        routers=routing,
+        kept=kept,
+        strays=tuple(strays),
     )
 
 
 def gates(layer: nn.Module) -> list[str]:
     """The linears of a layer that are `GATES`."""
-    linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if name.rpartition(".")[2] in GATES]
+    return [n for n, module in layer.named_modules() if isinstance(module, nn.Linear) and f".{n}".endswith(GATES)]
 
 
 def decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> dict[str, nn.Module]:
@@ -170,23 +177,32 @@ def decoder_layers(model: PreTrainedModel, config: PretrainedConfig) -> dict[str
     return {f"{name}.{i}": layer for i, layer in enumerate(layers)}
 
 
-def _check_weights(name: str, layer: nn.Module, config: PretrainedConfig, routing: tuple[str, ...]) -> None:
-    """Refuse a layer with weights that no linear owns: skipped in silence, they would stay in 16 bits.
+def _strays(
+    name: str, layer: nn.Module, config: PretrainedConfig, routing: tuple[str, ...], loose: set[str]
+) -> list[str]:
+    """The weights of a layer that no linear owns: convolutions of single channels, what a state decays by.
 
-    Convolutions of each channel for itself may: these are a few numbers for each.
+    Raises:
+        ArchitectureError: they, and those of linears that are `loose`, are more than a few, and would stay in 16 bits.
     """
-    weights = {
-        id(module.weight)
-        for module in layer.modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == module.in_channels)
+    linears = {f"{n}.weight": m.weight for n, m in layer.named_modules(prefix=name) if isinstance(m, nn.Linear)}
+    packed = {id(weight): weight.numel() for n, weight in linears.items() if n.removesuffix(".weight") not in loose}
+    found = {
+        parameter: tensor
+        for parameter, tensor in layer.named_parameters(prefix=name)
+        if tensor.dim() > 1
+        and tensor.numel() > max(tensor.shape)
+        and id(tensor) not in packed
+        and not parameter.startswith(tuple(f"{router}." for router in routing))
     }
-    for parameter, tensor in layer.named_parameters(prefix=name):
-        routed = any(parameter.startswith(f"{router}.") for router in routing)
-        if tensor.dim() > 1 and id(tensor) not in weights and not routed:
-            raise ArchitectureError(
-                f"{config.model_type}: {parameter} {tuple(tensor.shape)} belongs to no linear (fused experts?); "
-                "this architecture is not supported"
-            )
+    if sum(tensor.numel() for tensor in found.values()) > STRAY * sum(packed.values()):
+        largest = max(found, key=lambda parameter: found[parameter].numel())
+        owned = largest in linears
+        reason = "is used more than once, or read by other code" if owned else "belongs to no linear (fused experts?)"
+        raise ArchitectureError(
+            f"{config.model_type}: {largest} {tuple(found[largest].shape)} {reason}; this architecture is not supported"
+        )
+    return [parameter for parameter in found if parameter not in linears]
 
 
 class _Kept:
@@ -202,10 +218,15 @@ class _Call(NamedTuple):
 
 def _watch(
     model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTensorMode, routing: tuple[str, ...]
-) -> tuple[list[_Call], dict[str, int]]:
-    """Run the fake model once. Returns the calls of linears, experts and norms, and what layers return; see Layer."""
+) -> tuple[list[_Call], dict[str, int], tuple[str, ...]]:
+    """Run the fake model once.
+
+    Returns the calls of linears, experts and norms; what layers return, see Layer; and linears in them whose weight
+    was read by others than their own forward pass, which a packed one does not have.
+    """
     calls: list[_Call] = []
     returned: dict[str, int] = {}
+    read: list[str] = []
     alive: list[Tensor] = []  # a storage that is freed could lend its identity to another
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -213,6 +234,7 @@ def _watch(
         kind: type = next(kind for kind in (nn.Linear, Experts, nn.Module) if isinstance(module, kind))
         if name in routing:
             kind, out = _Kept, source  # what a router makes is read by no linear, and may be no tensor
+        out = out[0] if isinstance(out, tuple) else out  # of a router that is a linear, too
         alive.extend((source, out))
         calls.append(_Call(name, kind, _storage(source), _storage(out)))
 
@@ -220,6 +242,8 @@ def _watch(
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             module.forward = module.everywhere  # type: ignore[method-assign]
+        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{layer}." for layer in layers)):
+            _tell_of_reading(module, partial(read.append, name))
         if isinstance(module, nn.Linear | Experts) or type(module).__name__.endswith("Norm"):
             hook = lambda module, args, kwargs, out, name=name: record(name, module, args, kwargs, out)  # noqa: E731
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -237,7 +261,28 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-    return calls, returned
+    return calls, returned, tuple(dict.fromkeys(read))
+
+
+def _tell_of_reading(linear: nn.Linear, tell: Callable[[], None]) -> None:
+    """Call `tell` whenever the weight of a linear is read from outside of its forward pass."""
+    inside = False
+
+    def attribute(self: nn.Module, name: str) -> Any:
+        if name == "weight" and not inside:
+            tell()
+        return nn.Module.__getattr__(self, name)
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        nonlocal inside
+        inside = True
+        try:
+            return kind.forward(self, x)
+        finally:
+            inside = False
+
+    kind = type(linear)
+    linear.__class__ = type(kind.__name__, (kind,), {"__getattr__": attribute, "forward": forward})
 
 
 def _storage(tensor: Tensor) -> int:
@@ -250,7 +295,7 @@ def _layer(
     calls: list[_Call],
     family: Family,
     config: PretrainedConfig,
-    routing: tuple[str, ...],
+    kept: tuple[str, ...],
     *,
     returned: int,
 ) -> Layer:
@@ -263,7 +308,7 @@ def _layer(
         if call.kind is nn.Linear:
             members.setdefault(call.source, []).append(call.module)
     called = {linear for names in members.values() for linear in names}
-    linears = {f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)} - set(routing)
+    linears = {f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)} - set(kept)
     if missed := sorted(linears - called):
         raise ArchitectureError(
             f"{config.model_type}: cannot derive the input of {missed[0]}: the forward pass never calls it"
@@ -280,9 +325,10 @@ def _layer(
 
 def _folds(name: str, linears: set[str], family: Family, config: PretrainedConfig) -> tuple[tuple[str, str], ...]:
     """Linear-to-linear fold pairs of one layer. With grouped-query attention one value row feeds several columns."""
-    heads = config.num_attention_heads
-    grouped_query = getattr(config, "num_key_value_heads", heads) not in (None, heads)
-    smooth = getattr(config, "activation_function", "relu") != "relu"  # OPT: only ReLU lets a scale through
-    pairs = [None if grouped_query else family.attention, None if smooth else family.mlp]
-    named = [(f"{name}.{pair[0]}", f"{name}.{pair[1]}") for pair in pairs if pair]
+    pairs = []
+    if family.attention and getattr(config, "num_key_value_heads", None) in (None, config.num_attention_heads):
+        pairs.append(family.attention)
+    if family.mlp and getattr(config, "activation_function", "relu") == "relu":  # OPT: only ReLU lets a scale through
+        pairs.append(family.mlp)
+    named = [(f"{name}.{source}", f"{name}.{target}") for source, target in pairs]
     return tuple(pair for pair in named if pair[0] in linears and pair[1] in linears)

@@ -144,7 +144,7 @@ def test_a_mixture_of_experts() -> None:
         (None, True),
         *[(norm, False), (None, True)] * 2,
     ]
-    assert layout.routers[2:4] == ("model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate")
+    assert layout.kept[2:4] == ("model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate")
     assert layout.shapes["model.layers.2.mlp.experts.1.down_proj"] == (64, 32)
 
 
