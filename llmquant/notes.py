@@ -80,11 +80,10 @@ def _outside_notes(shell: Shell) -> list[str]:
 def _kept_notes(shell: Shell, layout: Layout) -> list[str]:
     found = [f"{len(layout.kept)} routers, gates and the like: kept in their original precision"] if layout.kept else []
     if layout.strays:
-        owners = {
-            name: layer.name for layer in layout.layers for name in layout.strays if name.startswith(f"{layer.name}.")
-        }
-        leaves = dict.fromkeys(name.removeprefix(f"{owners[name]}.") for name in layout.strays)
-        found.append(f"{', '.join(leaves)} in {len(set(owners.values()))} layers: no linear's, kept")
+        names = [f"{layer.name}." for layer in layout.layers]
+        owners = [next(name for name in names if stray.startswith(name)) for stray in layout.strays]
+        leaves = map(str.removeprefix, layout.strays, owners)
+        found.append(f"{', '.join(dict.fromkeys(leaves))} in {len(set(owners))} layers: no linear's, kept")
     if shell.lonely_experts:
         found.append("transformers alone leaves these experts random, with a warning; `import llmquant` loads them")
     return found
