@@ -61,7 +61,7 @@ def use_attention(model: PreTrainedModel) -> None:
     knows alone, and attends to all of them by any other.
     """
     usual = model.config._attn_implementation == "sdpa" and isinstance(find_library(), Library)
-    if usual and not any(_asks_for_the_name(kind) for kind in {type(module) for module in model.modules()}):
+    if usual and not any(_asks_for_the_name(type(module)) for module in model.modules()):  # type: ignore[arg-type]
         model.set_attn_implementation(NAME)
 
 

@@ -104,7 +104,7 @@ class Shell:
         """Hold the named tensors, in the compute dtype, for the length of a `with` block."""
         try:
             for name in names:
-                place(self.model, name, self.read(name).to(self.device, self.dtype))
+                self.set_tensor(name, self.read(name))
             yield
         finally:
             for name in names:
@@ -152,11 +152,17 @@ class Shell:
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in the place of a filled one."""
-        place(self.model, name, tensor.to(self.device, self.dtype))
+        place(self.model, name, tensor.to(self.device, dtype_of(name, self.model, self.dtype)))
 
     def _tensor(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(owner), leaf)
+
+
+def dtype_of(name: str, model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
+    """Of a tensor of a model of that dtype: fp32 where its code says so, as of what a router adds to its scores."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return torch.float32 if any(part in name for part in strict) else dtype
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

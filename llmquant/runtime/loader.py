@@ -19,7 +19,7 @@ from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.experts import has_experts
 from llmquant.model.names import renamings, tied_names
-from llmquant.model.shell import StoredTensors, empty_model, place, read_config
+from llmquant.model.shell import StoredTensors, dtype_of, empty_model, place, read_config
 from llmquant.native import release_threads
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
@@ -107,7 +107,7 @@ class Filling:
             if linear in self._schemes:
                 self._quantize(linear)
             else:
-                _place(self.model, name, self._tensors[name].to(self.device), self._dtype_of(name))
+                _place(self.model, name, self._tensors[name].to(self.device), dtype_of(name, self.model, self._dtype))
 
     @contextmanager
     def filled(self, names: list[str]) -> Iterator[None]:
@@ -141,11 +141,6 @@ class Filling:
     def part(self, prefix: str) -> list[str]:
         """Names of the tensors below a module."""
         return [name for name in self.names if name.startswith(prefix + ".")]
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        """Of a tensor that is not quantized: fp32 where the model says so, as of what a router adds to its scores."""
-        strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        return torch.float32 if any(part in name for part in strict) else self._dtype
 
     def _quantize(self, name: str) -> None:
         linear: Any = self.model.get_submodule(name)

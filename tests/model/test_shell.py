@@ -1,5 +1,7 @@
 """The shell holds one part at a time, and what it holds is the checkpoint."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,17 @@ def test_a_part_is_emptied_when_the_work_in_it_fails(llama: Path) -> None:
     with pytest.raises(ZeroDivisionError), shell.filled(shell.part(LAYER)):
         _ = 1 / 0
     assert all(p.device.type == "meta" for p in shell.model.parameters())
+
+
+def test_what_a_router_adds_to_its_scores_keeps_its_bits(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """It decides between experts that are almost alike, and DeepSeek-V3's are large."""
+    model = shutil.copytree(make_checkpoint(arch="deepseek_v3"), tmp_path / "model")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    edit(model, {bias: 8 + torch.arange(8) / 1024})
+    shell = Shell(Checkpoint.open(model), dtype=torch.bfloat16)
+    with shell.filled(shell.part(LAYER)):
+        assert torch.equal(dict(shell.model.named_buffers())[bias], 8 + torch.arange(8) / 1024)
+        assert shell.model.get_parameter(f"{LAYER}.self_attn.o_proj.weight").dtype == torch.bfloat16
 
 
 def test_tied_head_needs_no_tensor(llama: Path) -> None:
