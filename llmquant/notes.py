@@ -84,6 +84,10 @@ def _kept_notes(shell: Shell, layout: Layout) -> list[str]:
         owners = [next(name for name in names if stray.startswith(name)) for stray in layout.strays]
         leaves = map(str.removeprefix, layout.strays, owners)
         found.append(f"{', '.join(dict.fromkeys(leaves))} in {len(set(owners))} layers: no linear's, kept")
+    if any(parts[1:] for parts in shell.names.values()):
+        found.append(
+            "transformers alone fails on tensors that it puts together from several; `import llmquant` does not"
+        )
     if shell.lonely_experts:
         found.append("transformers alone leaves these experts random, with a warning; `import llmquant` loads them")
     return found

@@ -271,7 +271,7 @@ class _Draft:
 def _draft_outside(shell: Shell, layout: Layout) -> _Draft:
     inside = tuple(f"{layer.name}." for layer in layout.layers)
     kept = (*(name for name in shell.names if not name.startswith(inside)), *shell.extra)
-    return _Draft(OUTSIDE, None, {}, kept, {shell.stored_name(name): _stored_spec(shell, name) for name in kept})
+    return _Draft(OUTSIDE, None, {}, kept, {part: spec for name in kept for part, spec in _stored_specs(shell, name)})
 
 
 def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> _Draft:
@@ -282,7 +282,7 @@ def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> 
     for name in shell.part(layer.name):
         linear = replaced.get(name)
         if linear is None or linear.scheme is None:
-            specs[shell.stored_name(name)] = _stored_spec(shell, name)
+            specs |= _stored_specs(shell, name)
         else:
             prefix, dtype = shell.stored_prefix(linear.name), shell.stored_dtype(name)
             if dtype not in WEIGHT_DTYPES:
@@ -292,9 +292,10 @@ def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> 
     return _Draft(layer.name, layer, linears, kept, specs)
 
 
-def _stored_spec(shell: Shell, name: str) -> Spec:
-    info = shell.source.tensors[shell.stored_name(name)]
-    return info.dtype, info.shape
+def _stored_specs(shell: Shell, name: str) -> list[tuple[str, Spec]]:
+    """Of a tensor that is copied, by the names that it has in the checkpoint."""
+    infos = {part: shell.source.tensors[part] for part in shell.stored_names(name)}
+    return [(part, (info.dtype, info.shape)) for part, info in infos.items()]
 
 
 def _name_shards(drafts: list[_Draft], *, merged: bool) -> tuple[Unit, ...]:

@@ -103,7 +103,8 @@ def replay(unit: Unit, place: Workplace, record: dict[str, Any]) -> None:
                 q = FORMATS[place.plan.recipe.format].unpack(prefix, tensors, linear.m, linear.n, stack.scheme)
                 shell.set_weight(linear.name, dequantize(q, stack.scheme))
         for name in unit.kept:  # a scale may have been folded into one
-            shell.set_tensor(name, tensors[shell.stored_name(name)])
+            parts = [tensors[part] for part in shell.stored_names(name)]
+            shell.set_tensor(name, torch.cat(parts) if parts[1:] else parts[0])
         crossing.advance()
     if place.stream.digest() != record["stream"]:
         raise OutputError(f"{place.out}: {unit.name} leads to other activations than before; start anew (--no-resume)")
@@ -314,9 +315,7 @@ class _Work:
         self.pack(list(self.quantized))
         tensors = self.packed
         for name in self.unit.kept:
-            tensors[self.shell.stored_name(name)] = (
-                self.changed[name] if name in self.changed else self.shell.read(name)
-            )
+            tensors |= self.shell.stored(name, self.changed[name] if name in self.changed else self.shell.read(name))
         return tensors
 
 

@@ -127,5 +127,11 @@ def expected_tensors(
         if linear in schemes:
             specs = pack(linear, *shapes[linear], schemes[linear], torch.float32)
         for needed, (dtype, shape) in specs.items():
-            expected[names.find(needed) or needed] = (None if dtype.is_floating_point else dtype, shape)
+            kind = None if dtype.is_floating_point else dtype
+            *firsts, last = names.parts(needed) or (needed,)
+            for part in firsts:  # each has the rows that it has, and the last what is left of them
+                rows = next(iter(source.tensors[part].shape), 0)
+                expected[part] = kind, (rows, *shape[1:])
+                shape = (shape[0] - rows, *shape[1:])
+            expected[last] = kind, shape
     return expected

@@ -89,6 +89,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "minimax": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "mimo_v2_flash": {"n_routed_experts": 8, "num_experts_per_tok": 2, "v_head_dim": 16} | KINDS,
+    "olmo_hybrid": LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+    "kimi_linear": CHOOSING | {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
     "gemma3n_text": SLIDING
     | {"layer_types": KINDS["layer_types"], "activation_sparsity_pattern": [0.95, 0.0], "num_kv_shared_layers": 0}
@@ -97,7 +99,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 # Those whose experts have a size of their own.
 MIXTURES = (
     "qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa",
-    "exaone_moe", "hy_v3", "ernie4_5_moe", "nemotron_h",
+    "kimi_linear", "exaone_moe", "hy_v3", "ernie4_5_moe", "nemotron_h",
 )  # fmt: skip
 MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 

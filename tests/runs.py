@@ -1,5 +1,6 @@
 """Small runs: their calibration text, their recipe, and who watches them; for the tests of several rooms."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmquant.manifest import MANIFEST, manifest_bytes, read_manifest
 from llmquant.observer import Silent
 from llmquant.pipeline import quantize
 from llmquant.plan import Unit
@@ -42,6 +44,13 @@ def packer(
         return made[arch]
 
     return packed
+
+
+def relist(directory: Path) -> None:
+    """A manifest that fits whatever stands there now: only a look at the content can still find something."""
+    names = [name for name in read_manifest(directory) if (directory / name).is_file()]
+    digests = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names}
+    (directory / MANIFEST).write_bytes(manifest_bytes(digests))
 
 
 class Records(Silent):

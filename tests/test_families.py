@@ -1,26 +1,33 @@
 """Families that are like no other in some way, the whole way: loaded, quantized and loaded again."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from measuring import compared
-from runs import packer
+from runs import StopAfter, packer, recipe, relist, write_ids
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llmquant.errors import VerifyError
 from llmquant.model.layout import derive_layout
-from llmquant.pipeline import preview
+from llmquant.pipeline import preview, quantize
 from llmquant.recipe import Recipe
 from llmquant.runtime.linear import QuantLinear
 from llmquant.runtime.loader import load
 from llmquant.runtime.transformers_plugin import LlmquantConfig
+from llmquant.verify import verify_checkpoint
 
 KEPT = {  # linears of decoder layers that are not packed, beside routers
     "deepseek_v32": {"wk", "weights_proj"},  # DeepSeek's sparse attention: what chooses tokens
     "glm_moe_dsa": {"wk", "weights_proj"},
+    "olmo_hybrid": {"a_proj", "b_proj"},  # gates, beside a convolution that transformers puts together from three
+    "kimi_linear": set(),
     "jamba": {"dt_proj"},  # whose weight the state space multiplies by itself
     "gemma3n_text": {"prediction_coefs", "correction_coefs", "modality_router"},  # four hidden states, mixed twice
 }
@@ -61,7 +68,9 @@ def test_it_is_quantized_but_for_what_cannot_be(arch: str, make_checkpoint: Make
     assert kept <= set(ignored)
 
 
-@pytest.mark.parametrize("arch", ["jamba", "gemma3n_text"])  # sparse attention chooses among equals, in any order
+@pytest.mark.parametrize(
+    "arch", ["olmo_hybrid", "kimi_linear", "jamba", "gemma3n_text"]
+)  # sparse attention chooses among equals, in any order
 def test_token_by_token_it_writes_what_it_writes_at_once(arch: str, packed: Make) -> None:
     model = load(packed(arch), torch.float32)
     ids = IDS[:1, :24]
@@ -77,6 +86,34 @@ def test_transformers_computes_the_same_with_our_kernels(arch: str, packed: Make
     model = AutoModelForCausalLM.from_pretrained(packed(arch), **told).eval()
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) >= 10
     assert torch.equal(logits(model), logits(load(packed(arch), torch.float32)))
+
+
+@pytest.mark.parametrize("arch", ["olmo_hybrid", "kimi_linear"])
+def test_what_is_put_together_is_written_in_its_parts(arch: str, make_checkpoint: Make, packed: Make) -> None:
+    before, after = (load_file(path / "model.safetensors") for path in (make_checkpoint(arch=arch), packed(arch)))
+    parts = [name for name in before if name.endswith(("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"))]
+    assert len(parts) == 3
+    assert all(torch.equal(after[name], before[name]) for name in parts)
+    del after[parts[2]]
+    broken = shutil.copytree(packed(arch), packed(arch).parent / "broken")
+    save_file(after, broken / "model.safetensors", {"format": "pt"})
+    relist(broken)
+    with pytest.raises(VerifyError, match=r"conv1d\.weight is missing"):
+        verify_checkpoint(broken)
+    after[parts[2]] = before[parts[2]][1:].clone()
+    save_file(after, broken / "model.safetensors", {"format": "pt"})
+    relist(broken)
+    with pytest.raises(VerifyError, match=re.escape(f"tensor {parts[2]} is")):
+        verify_checkpoint(broken)
+
+
+def test_a_run_is_resumed_past_a_tensor_in_parts(make_checkpoint: Make, packed: Make, tmp_path: Path) -> None:
+    calibration = write_ids(tmp_path / "ids.jsonl", 12, 48)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(make_checkpoint(arch="olmo_hybrid"), tmp_path / "out", recipe(calibration), observer=StopAfter(2))
+    quantize(make_checkpoint(arch="olmo_hybrid"), tmp_path / "out", recipe(calibration))
+    whole, resumed = (path / "model.safetensors" for path in (packed("olmo_hybrid"), tmp_path / "out"))
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
 def test_what_no_linear_owns_is_said(make_checkpoint: Make) -> None:

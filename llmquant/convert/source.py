@@ -81,7 +81,7 @@ class Source:
 
     def stored(self, name: str) -> str:
         """The checkpoint's name of a tensor."""
-        return self.tensors.names.stored(name)
+        return self.tensors.names.stored(name)[0]
 
     def read(self, name: str) -> Quantized:
         """A quantized linear, with the columns of a group side by side."""

@@ -58,7 +58,10 @@ FAMILIES = {
 # What a linear attention forgets by and writes by, a row or two for each head, and some of what DeepSeek's sparse
 # attention chooses tokens by. They are kept as they are: they are few, what they say is multiplied up over all tokens
 # that follow, and vLLM makes one linear of wk and weights_proj, which it never quantizes.
-GATES = (".in_proj_a", ".in_proj_b", ".in_proj_ba", ".indexer.wk", ".indexer.weights_proj")
+GATES = (
+    ".in_proj_a", ".in_proj_b", ".in_proj_ba", ".linear_attn.a_proj", ".linear_attn.b_proj",
+    ".indexer.wk", ".indexer.weights_proj",
+)  # fmt: skip
 STRAY = 1 / 16  # of a layer's weights may belong to no linear, as what a state space decays by: kept, and said
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Concatenate, WeightRenaming
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.checkpoint.stacked import DOWN, GATE_UP
@@ -30,20 +30,20 @@ class Names:
         self.model = model
         self.source = source
 
-    def all(self) -> dict[str, str]:
+    def all(self) -> dict[str, tuple[str, ...]]:
         """For each tensor of the model, but for those that are tied to another; raises what `stored` raises."""
         tied = tied_names(self.model)
         return {name: self.stored(name) for name in self.model.state_dict() if name not in tied}
 
-    def stored(self, name: str) -> str:
-        """For a tensor of the model.
+    def stored(self, name: str) -> tuple[str, ...]:
+        """For a tensor of the model: the tensor that it is, or those that it consists of, one below the other.
 
         Raises:
             CheckpointError: it is in no shard.
             ArchitectureError: it holds experts of a kind that is not known.
         """
-        if found := self.find(name):
-            return found
+        if parts := self.parts(name):
+            return parts
         root, kind = self.source.root, type(self.model).__name__
         if name.endswith((GATE_UP, DOWN)):
             raise ArchitectureError(f"{root}: {kind} has experts of a kind that is not known; it is not supported")
@@ -56,8 +56,18 @@ class Names:
             )
         raise CheckpointError(f"{missing}; fetch the checkpoint again")
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The same, or for what a packed weight is made of; none if it is nowhere."""
+        if found := self.find(name):
+            return (found,)
+        for whole, stored in self._joined.items():
+            parts = [self.find(name.removesuffix(whole) + part) for part in stored] if name.endswith(whole) else [None]
+            if None not in parts:
+                return tuple(part for part in parts if part)
+        return ()
+
     def find(self, name: str) -> str | None:
-        """The same, or for a part of a packed weight; None if it is nowhere."""
+        """For a tensor that the checkpoint has by itself; None if it has not."""
         direct = (each for each in spellings(name, self.model) if each in self.source.tensors)
         return next(direct, None) or self._renamed.get(name)
 
@@ -68,12 +78,18 @@ class Names:
         """
         if "quantization_config" in self.source.config:
             return None
-        known = {found for each in self.model.state_dict() if (found := self.find(each))}
+        known = {part for each in self.model.state_dict() for part in self.parts(each)}
         others = [each for each in self.source.tensors if each not in known]
         beside = tuple(f".{tower}." for tower in towers(others, known)) if known else ()
         own = [each for each in others if not any(tower in f".{each}" for tower in beside)]
         alike = lambda each: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(each, name, strict=False)))  # noqa: E731
         return max(own, key=alike, default=None)
+
+    @cached_property
+    def _joined(self) -> dict[str, list[str]]:
+        """What the names of tensors end in that transformers puts together, and those of their parts."""
+        rules = get_model_conversion_mapping(self.model, add_legacy=False)
+        return {rule.target_patterns[0]: rule.source_patterns for rule in rules if joins(rule)}
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
@@ -115,6 +131,14 @@ def apart(rules: Iterable[Any]) -> Iterator[WeightRenaming]:
             if stored != matrix:
                 # Dots as they are: older ones of transformers leave backslashes in names that they save.
                 yield WeightRenaming(rf"(\.experts\.\d+).{stored}.", rf"\1.{matrix}.")
+
+
+def joins(rule: Any) -> bool:
+    """Whether a rule puts a tensor together from others, one below the other, as the convolution of q, k and v."""
+    match getattr(rule, "operations", None):
+        case [Concatenate(dim=0)]:
+            return len(rule.source_patterns) > 1 and not any("*" in source for source in rule.source_patterns)
+    return False
 
 
 def are_put_together(*model_types: str) -> bool:

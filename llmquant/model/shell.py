@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from accelerate import init_empty_weights
@@ -73,7 +74,8 @@ class Shell:
 
     Attributes:
         model: the transformers model; a parameter is on the meta device unless its part is filled.
-        names: tensor name in the model -> tensor name in the checkpoint. Tied aliases do not appear.
+        names: tensor name in the model -> tensor names in the checkpoint, several where the model puts them together,
+            one below the other. Tied aliases do not appear.
         extra: checkpoint tensors that the model does not have.
         inside: the language model is a part of a model.
         towers: modules of the checkpoint beside it, as those are that see, or guess several tokens at once.
@@ -92,7 +94,7 @@ class Shell:
         self.names = Names(self.model, source).all()
         embedding = self.model.get_input_embeddings()
         self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)
-        used = set(self.names.values())
+        used = set(chain.from_iterable(self.names.values()))
         self.extra = [name for name in source.tensors if name not in used]
         self.inside = inside(whole)
         self.towers = towers(self.extra, used)
@@ -121,9 +123,9 @@ class Shell:
             CheckpointError: its shape is not the model's.
             NumericsError: it holds NaN or Inf.
         """
-        stored = self.stored_name(name)
-        tensor = self.source.read(stored)
-        where = f"{self.source.file_of[stored]}: {stored}"
+        stored = self.stored_names(name)
+        tensor = torch.cat([self.source.read(part) for part in stored]) if stored[1:] else self.source.read(stored[0])
+        where = f"{self.source.file_of[stored[0]]}: {', '.join(stored)}"
         if name in self.names and tensor.shape != self._tensor(name).shape:
             expected = tuple(self._tensor(name).shape)
             raise CheckpointError(f"{where}: shape {tuple(tensor.shape)}, but config.json asks for {expected}")
@@ -135,16 +137,26 @@ class Shell:
         """Rows of the input embedding: token ids must be below."""
         return int(self.model.get_parameter(f"{self._embedding}.weight").shape[0])
 
-    def stored_name(self, name: str) -> str:
-        """The checkpoint's name of a tensor of the model, or of an extra one."""
-        return self.names.get(name, name)
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's names of what a tensor of the model consists of, or of an extra one."""
+        return self.names.get(name, (name,))
+
+    def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor of the model, or an extra one, as the checkpoint has it."""
+        names = self.stored_names(name)
+        rows = [self.source.tensors[part].shape[0] for part in names] if names[1:] else []
+        return dict(zip(names, tensor.split(rows) if rows else [tensor], strict=True))
 
     def stored_prefix(self, linear: str) -> str:
         """The checkpoint's name of a linear: its packed tensors keep it, so that every loader knows them."""
-        return self.names[f"{linear}.weight"].removesuffix(".weight")
+        return self._only(f"{linear}.weight").removesuffix(".weight")
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        return self.source.tensors[self.names[name]].dtype
+        return self.source.tensors[self._only(name)].dtype
+
+    def _only(self, name: str) -> str:
+        (stored,) = self.names[name]
+        return stored
 
     def set_weight(self, linear: str, weight: Tensor) -> None:
         """Put a (dequantized) weight [m, n] in the place of a filled linear's."""
@@ -206,13 +218,14 @@ class StoredTensors(Mapping[str, Tensor]):
         self.source = source
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = self.names.stored(name)
-        tensor = self.source.read(stored)
-        check_finite(tensor, f"{self.source.root / self.source.file_of[stored]}: {stored}")
-        return tensor
+        parts = []
+        for stored in self.names.stored(name):
+            parts.append(self.source.read(stored))
+            check_finite(parts[-1], f"{self.source.root / self.source.file_of[stored]}: {stored}")
+        return torch.cat(parts) if parts[1:] else parts[0]
 
     def __contains__(self, name: object) -> bool:
-        return self.names.find(str(name)) is not None
+        return bool(self.names.parts(str(name)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source.tensors)

@@ -1,6 +1,5 @@
 """verify against damage: what loaders accept without a word, it names."""
 
-import hashlib
 import json
 import random
 import shutil
@@ -9,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import relist
 from safetensors.torch import load_file, save_file
 
 from llmquant.errors import VerifyError
-from llmquant.manifest import LOG, MANIFEST, manifest_bytes, read_manifest
+from llmquant.manifest import LOG, MANIFEST, read_manifest
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
 from llmquant.verify import verify_checkpoint
@@ -34,13 +34,6 @@ def finished(
 def damaged(finished: Path, tmp_path: Path) -> Path:
     """A copy, to be damaged."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-def relist(directory: Path) -> None:
-    """A manifest that fits whatever stands there now: only a look at the content can still find something."""
-    names = [name for name in read_manifest(directory) if (directory / name).is_file()]
-    digests = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names}
-    (directory / MANIFEST).write_bytes(manifest_bytes(digests))
 
 
 def retensor(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
