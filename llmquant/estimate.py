@@ -41,9 +41,12 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     # The original stream needs weights of its own, but not of experts: it has passed them before they change.
     layer_bytes = max(streams * item * dense + (item + SOLVED_BYTES) * experts for dense, experts in sizes)
     # Between layers each token is one state; inside one, the state and the input of the linear it stands before.
-    one = tokens * shell.config.hidden_size * item
+    one = tokens * layout.width * item
     spilled = one if streams == 2 and one >= SPILL_BYTES else 0
-    state = streams * (one + tokens * widest * item) - spilled
+    added = (
+        tokens * len(layout.layers) * (getattr(shell.config, "hidden_size_per_layer_input", 0) or 0) * item
+    )  # Gemma's
+    state = streams * (one + tokens * widest * item) - spilled + added
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
     rest = solve if recipe.calibrated else item * max(dense for dense, _ in sizes)
     memory = RUNTIME_BYTES + state + max(outside, layer_bytes + rest)

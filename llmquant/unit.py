@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from llmquant.calibration.crossing import Crossing
-from llmquant.calibration.stream import Stream
+from llmquant.calibration.stream import Stream, aside
 from llmquant.checkpoint.parts import file_sha256, read_tensors
 from llmquant.checkpoint.writer import write_shard
 from llmquant.errors import OutputError, RecipeError
@@ -279,7 +279,7 @@ class _Work:
         own = {f"{name.removeprefix(prefix)}.weight": weight for name, weight in weights.items()}
         module = stream.module(layer)
         call = lambda *args, **kwargs: functional_call(module, own, args, kwargs)  # noqa: E731
-        return stream.forward(layer, call, stream.hidden, batch)
+        return stream.forward(layer, call, stream.hidden, aside(stream.left), batch)
 
     def train(self) -> dict[str, Any]:
         """Refine all integers of the layer together, if the recipe asks for it; what to record of it."""

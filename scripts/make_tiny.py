@@ -44,6 +44,11 @@ LINEAR = {  # attention without keys to remember, in every other layer
     "full_attention_interval": 2,
 }
 KINDS = {"layer_types": ["full_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"]}
+SHARING = {  # keys and values of the first layer
+    "layer_types": ["full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "hidden_size_per_layer_input": 32,
+}
 STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -63,7 +68,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "deepseek_v2": LATENT | {"n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1},
     "deepseek_v32": CHOOSING,
-    "glm_moe_dsa": CHOOSING,
+    "glm_moe_dsa": CHOOSING | {"indexer_types": ["full", "shared"]},
     "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "num_experts_per_tok": 2},
@@ -92,9 +97,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "olmo_hybrid": LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
     "kimi_linear": CHOOSING | {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
-    "gemma3n_text": SLIDING
-    | {"layer_types": KINDS["layer_types"], "activation_sparsity_pattern": [0.95, 0.0], "num_kv_shared_layers": 0}
-    | {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512, "laurel_rank": 32},
+    "gemma3n_text": SHARING
+    | {"activation_sparsity_pattern": [0.95, 0.0], "vocab_size_per_layer_input": 512, "laurel_rank": 32},
+    "gemma4_text": SHARING | {"global_head_dim": 16, "vocab_size_per_layer_input": 512},
 }
 # Those whose experts have a size of their own.
 MIXTURES = (

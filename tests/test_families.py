@@ -14,10 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llmquant.calibration.batches import Batch
+from llmquant.calibration.crossing import Crossing
+from llmquant.calibration.stream import Stream
+from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import VerifyError
 from llmquant.model.layout import derive_layout
-from llmquant.pipeline import preview, quantize
+from llmquant.model.shell import Shell
+from llmquant.pipeline import preview, quantize, sense
 from llmquant.recipe import Recipe
+from llmquant.runtime.layered import Layered
 from llmquant.runtime.linear import QuantLinear
 from llmquant.runtime.loader import load
 from llmquant.runtime.transformers_plugin import LlmquantConfig
@@ -29,8 +35,10 @@ KEPT = {  # linears of decoder layers that are not packed, beside routers
     "olmo_hybrid": {"a_proj", "b_proj"},  # gates, beside a convolution that transformers puts together from three
     "kimi_linear": set(),
     "jamba": {"dt_proj"},  # whose weight the state space multiplies by itself
+    "gemma4_text": set(),
     "gemma3n_text": {"prediction_coefs", "correction_coefs", "modality_router"},  # four hidden states, mixed twice
 }
+CHOOSING = ["deepseek_v32", "glm_moe_dsa"]  # tokens, among equals in any order
 ROUTERS = {"gate", "router"}
 IDS = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(1))
 Make = Callable[..., Path]
@@ -68,9 +76,7 @@ def test_it_is_quantized_but_for_what_cannot_be(arch: str, make_checkpoint: Make
     assert kept <= set(ignored)
 
 
-@pytest.mark.parametrize(
-    "arch", ["olmo_hybrid", "kimi_linear", "jamba", "gemma3n_text"]
-)  # sparse attention chooses among equals, in any order
+@pytest.mark.parametrize("arch", sorted({*KEPT} - {*CHOOSING}))
 def test_token_by_token_it_writes_what_it_writes_at_once(arch: str, packed: Make) -> None:
     model = load(packed(arch), torch.float32)
     ids = IDS[:1, :24]
@@ -86,6 +92,29 @@ def test_transformers_computes_the_same_with_our_kernels(arch: str, packed: Make
     model = AutoModelForCausalLM.from_pretrained(packed(arch), **told).eval()
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) >= 10
     assert torch.equal(logits(model), logits(load(packed(arch), torch.float32)))
+
+
+@pytest.mark.parametrize("arch", ["gemma3n_text", "gemma4_text", "glm_moe_dsa"])
+def test_layer_by_layer_a_batch_finds_what_layers_left_for_it(arch: str, make_checkpoint: Make) -> None:
+    """Keys and values of an earlier layer, and the tokens that it chose: not those of another batch."""
+    source = Checkpoint.open(make_checkpoint(arch=arch))
+    shell = Shell(source)
+    layers = derive_layout(shell.config).layers
+    batches = tuple(Batch(ids[None], torch.ones(1, 48).bool()) for ids in IDS)
+    stream = Stream(shell, layers, batches, compared=True)
+    for layer in layers:
+        with shell.filled(shell.part(layer.name)), Crossing(stream, layer) as crossing:
+            crossing.advance()
+    whole = load(source.root, torch.float32)
+    last: list[Tensor] = []
+    whole.get_submodule(layers[-1].name).register_forward_hook(lambda _, __, out: last.append(out))
+    expected = logits(whole)
+    for i, states in enumerate(stream.hidden):
+        wanted = (last[0][0] if layers[-1].returned else last[0]).movedim(-3, 0)[i]
+        assert torch.allclose(states.squeeze(-3), wanted, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(states, stream.original[i], rtol=1e-4, atol=1e-4)
+    for found, wanted in zip(Layered(source.root, torch.float32).logits(list(IDS)), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["olmo_hybrid", "kimi_linear"])
@@ -107,13 +136,26 @@ def test_what_is_put_together_is_written_in_its_parts(arch: str, make_checkpoint
         verify_checkpoint(broken)
 
 
-def test_a_run_is_resumed_past_a_tensor_in_parts(make_checkpoint: Make, packed: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", ["olmo_hybrid", "gemma4_text", "glm_moe_dsa"])
+def test_a_run_is_resumed(arch: str, make_checkpoint: Make, packed: Make, tmp_path: Path) -> None:
+    """Past tensors in parts, and past layers that have left something for others."""
     calibration = write_ids(tmp_path / "ids.jsonl", 12, 48)
     with pytest.raises(KeyboardInterrupt):
-        quantize(make_checkpoint(arch="olmo_hybrid"), tmp_path / "out", recipe(calibration), observer=StopAfter(2))
-    quantize(make_checkpoint(arch="olmo_hybrid"), tmp_path / "out", recipe(calibration))
-    whole, resumed = (path / "model.safetensors" for path in (packed("olmo_hybrid"), tmp_path / "out"))
+        quantize(make_checkpoint(arch=arch), tmp_path / "out", recipe(calibration), observer=StopAfter(2))
+    quantize(make_checkpoint(arch=arch), tmp_path / "out", recipe(calibration))
+    whole, resumed = (path / "model.safetensors" for path in (packed(arch), tmp_path / "out"))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_all_that_runs_a_layer_knows_of_several_states(make_checkpoint: Make, tmp_path: Path) -> None:
+    """A token has four in Gemma 3n: training, AWQ by the block's error, and sensitivity."""
+    model, calibration = make_checkpoint(arch="gemma3n_text"), write_ids(tmp_path / "ids.jsonl", 12, 48)
+    solver = {"train": 2, "awq_loss": "block"}
+    quantize(model, tmp_path / "out", recipe(calibration, method="awq+gptq", solver=solver))
+    original = load(model, torch.float32)
+    assert 0 < compared(load(tmp_path / "out", torch.float32), original, IDS).divergence.mean_kl < 0.4
+    found, _ = sense(model, recipe(calibration), isolated=True)
+    assert all(each.measured > 0 for each in found.isolated)
 
 
 def test_what_no_linear_owns_is_said(make_checkpoint: Make) -> None:

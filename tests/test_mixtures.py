@@ -340,7 +340,7 @@ def test_a_shell_shows_guests_and_a_loaded_model_does_not(make_checkpoint: Calla
     shell = Shell(source)
     assert {type(m) for m in shell.model.modules() if isinstance(m, Experts)} == {CalibratedExperts}
     assert {type(m) for m in empty_model(shell.config).modules() if isinstance(m, Experts)} == {Experts}
-    assert shell.names["model.layers.1.mlp.experts.3.up_proj.weight"] == (
-        "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    assert shell.stored_prefix("model.layers.1.mlp.experts.3.up_proj") == (
+        "model.layers.1.block_sparse_moe.experts.3.w3"
     )
     assert derive_layout(shell.config).kept == tuple(f"model.layers.{i}.mlp.gate" for i in (0, 1))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmquant.calibration.stream import Stream
+from llmquant.calibration.stream import Stream, sizes
 from llmquant.calibration.walk import Walk
 from llmquant.model.experts import routed, without_guests
 from llmquant.model.layout import Layer
@@ -54,9 +54,9 @@ class Crossing:
         self.twin = None if stream.original is None else _twin(module)
         self._originals = None
         if self.twin is not None and stream.original is not None:
-            forwards = stream.forwards(layer, self.twin, stream.original)
+            forwards = stream.forwards(layer, self.twin, stream.original, stream.original_left)
             self._originals = Walk(self.twin, self._local(compared), forwards)
-        self._walk = Walk(module, self._local(stops), stream.forwards(layer, module, stream.hidden))
+        self._walk = Walk(module, self._local(stops), stream.forwards(layer, module, stream.hidden, stream.left))
 
     def __enter__(self) -> "Crossing":
         return self
@@ -88,9 +88,8 @@ class Crossing:
 
     @cached_property
     def _sizes(self) -> list[Tensor]:
-        """Root mean square of each token's state before the layer, [B, T] for each batch; over all that it has."""
-        squares = (states.float().square().mean(-1) for states in self.stream.hidden)
-        return [each.view(-1, *each.shape[-2:]).mean(0).sqrt().clamp(min=1e-6) for each in squares]
+        """Of each token's state before the layer, [B, T] for each batch."""
+        return [sizes(states) for states in self.stream.hidden]
 
     def again(self) -> None:
         """What the batches have passed already has changed: bring them anew to where they stand."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmquant.calibration.batches import Batch
 from llmquant.calibration.spool import Spool
-from llmquant.calibration.stream import Stream
+from llmquant.calibration.stream import Stream, aside, sizes
 from llmquant.model.layout import Group, Layer
 from llmquant.model.names import tied_names
 from llmquant.model.shell import Shell, place
@@ -52,7 +52,8 @@ class RoundTrip:
         for layer in layers:
             self.states.append(Spool(states, spill) if spill else states)
             with torch.no_grad(), shell.filled(shell.part(layer.name)):
-                states = [forward() for forward in self.stream.forwards(layer, self.stream.module(layer), states)]
+                forwards = self.stream.forwards(layer, self.stream.module(layer), states, self.stream.left)
+                states = [forward() for forward in forwards]
         self.last = states
 
     @property
@@ -76,7 +77,7 @@ class RoundTrip:
         with self.stream.replaced(forwards), shell.filled(outside), self._tied():
             for each in states:
                 given[:] = [each.to(shell.device)]
-                ids = torch.zeros(each.shape[:2], dtype=torch.int64, device=shell.device)
+                ids = torch.zeros(each.shape[-3:-1], dtype=torch.int64, device=shell.device)
                 yield shell.model(input_ids=ids, use_cache=False).logits
 
     @contextmanager
@@ -126,10 +127,10 @@ class RoundTrip:
     ) -> Tensor | None:
         """One batch through one layer: the gradient of its input from that of its output, if there is one."""
         mask = self.stream.masks[batch].reshape(-1)
-        size = states.float().square().mean(-1).sqrt().clamp(min=1e-6).reshape(-1).to(mask.device)
+        size = sizes(states).reshape(-1).to(mask.device)
         leaf = states.detach().clone().requires_grad_(gradient is not None)
         with torch.set_grad_enabled(gradient is not None), self._noted(layer) as passed:
-            out = self.stream.forward(layer, self.stream.module(layer), [leaf], 0)
+            out = self.stream.forward(layer, self.stream.module(layer), {batch: leaf}, aside(self.stream.left), batch)
             if gradient is not None:
                 out.backward(gradient)
 

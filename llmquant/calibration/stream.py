@@ -1,7 +1,8 @@
 """The calibration activations on their way through the model, one layer after another."""
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
 from llmquant.calibration.batches import Batch
@@ -29,17 +31,26 @@ class Host(Protocol):
     def filled(self, names: list[str]) -> AbstractContextManager[None]: ...
 
 
-class Stream:
-    """Hidden states before the next decoder layer, one tensor [B, T, hidden] per batch.
+# What layers leave for later ones beside their states, for each batch and by the argument that it is: what all of them
+# fill, as keys and values that the last of Gemma 4 share, and what each hands to the next, as GLM-5 its tokens.
+Left = dict[tuple[int, int | str], Any]
+Arguments = dict[int | str, Any]  # by place or name
 
-    Everything that a layer receives besides hidden states (positions, masks) depends on the batch's
-    shape alone, because sequences are padded on the right and the models are causal. It is recorded
-    once per shape, by running the model with every layer's forward replaced by a recorder.
+
+class Stream:
+    """Hidden states before the next decoder layer, one tensor [B, T, hidden] per batch; some have several of these.
+
+    Most of what a layer receives besides hidden states and what others left (positions, masks) depends on the
+    batch's shape alone, because sequences are padded on the right and the models are causal. It is recorded
+    once per shape, by running the model with every layer's forward replaced by a recorder; and for each batch
+    where it differs, as what Gemma 4 adds to a layer by token.
 
     Attributes:
         hidden: the states as the quantized layers make them.
+        left: what these leave for later ones.
         original: the states as the original layers make them; None unless they are to be `compared`. With `spill`
             they are kept in a file in that directory.
+        original_left: what these leave.
         masks: bool [B, T], False where padded.
     """
 
@@ -55,9 +66,11 @@ class Stream:
         self._shell = shell
         self._layers = {layer.name: shell.model.get_submodule(layer.name) for layer in layers}
         self.masks = [batch.mask.to(shell.device) for batch in batches]
-        self._arguments: dict[torch.Size, dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self.hidden = self._embed(layers, batches)
+        self._arguments: dict[tuple[torch.Size, str], Arguments] = {}
+        self._own: dict[tuple[int, str], Arguments] = {}  # of a batch, where they differ
+        self.hidden, self.left = self._embed(layers, batches), Left()
         self.original: list[Tensor] | Spool | None = None
+        self.original_left = Left()
         if compared:
             self.original = Spool(self.hidden, spill) if spill else list(self.hidden)
 
@@ -89,7 +102,9 @@ class Stream:
         def forward(module: nn.Module, states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if first:
                 hidden.append(states.cpu())
-            self._arguments.setdefault(states.shape[-3:-1], {})[layer.name] = (args, kwargs)
+            given: Arguments = dict(chain(enumerate(args), kwargs.items()))
+            usual = self._arguments.setdefault((states.shape[-3:-1], layer.name), given)
+            self._own[len(hidden) - 1, layer.name] = {n: v for n, v in given.items() if not _alike(v, usual.get(n))}
             return layer.as_returned(states)
 
         return forward
@@ -97,14 +112,31 @@ class Stream:
     def module(self, layer: Layer) -> nn.Module:
         return self._layers[layer.name]
 
-    def forwards(self, layer: Layer, module: nn.Module, states: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
+    def forwards(
+        self, layer: Layer, module: nn.Module, states: Sequence[Tensor], left: Left
+    ) -> list[Callable[[], Tensor]]:
         """For each batch, a call that passes its states through `module`, which is the layer or a twin of it."""
-        return [partial(self.forward, layer, module, states, i) for i in range(len(states))]
+        return [partial(self.forward, layer, module, states, left, i) for i in range(len(states))]
 
-    def forward(self, layer: Layer, module: Callable[..., Any], states: Sequence[Tensor], batch: int) -> Tensor:
-        """One batch's states after the layer, [B, T, hidden]; gradients flow if they are on."""
-        args, kwargs = self._arguments[states[batch].shape[-3:-1]][layer.name]
+    def forward(
+        self,
+        layer: Layer,
+        module: Callable[..., Any],
+        states: Sequence[Tensor] | Mapping[int, Tensor],
+        left: Left,
+        batch: int,
+    ) -> Tensor:
+        """One batch's states after the layer, [B, T, hidden]; gradients flow if they are on.
+
+        What those before it have left is in `left`, to which the layer adds.
+        """
+        given = self._arguments[states[batch].shape[-3:-1], layer.name] | self._own[batch, layer.name]
+        given |= {name: left.setdefault((batch, name), type(v)()) for name, v in given.items() if _to_be_filled(v)}
+        given |= {name: left.get((batch, name)) for name, _ in layer.handed}
+        args = [argument for place, argument in given.items() if isinstance(place, int)]
+        kwargs = {name: argument for name, argument in given.items() if isinstance(name, str)}
         out = module(states[batch].to(self._shell.device), *args, **kwargs)
+        left |= {(batch, name): out[place] for name, place in layer.handed}
         return (out[0] if layer.returned else out).cpu()
 
     def digest(self) -> str:
@@ -113,3 +145,30 @@ class Stream:
         for states in chain(self.hidden, self.original or ()):
             digest.update(states.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def sizes(states: Tensor) -> Tensor:
+    """Root mean square of each token's state, over all that it has: [..., B, T, hidden] to fp32 [B, T]."""
+    squares = states.float().square().mean(-1)
+    return squares.view(-1, *squares.shape[-2:]).mean(0).sqrt().clamp(min=1e-6)
+
+
+def _to_be_filled(argument: Any) -> bool:
+    """No layer has run while arguments were recorded: what layers fill was empty."""
+    return isinstance(argument, MutableMapping) and not argument
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same numbers, in the same structure."""
+    (leaves, tree), (others, other_tree) = tree_flatten(one), tree_flatten(other)
+    return tree == other_tree and all(map(_equal, leaves, others))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return one is other or (torch.equal(one, other) if tensors else type(one) is type(other) and bool(one == other))
+
+
+def aside(left: Left) -> Left:
+    """The same, for a trial: what is added there is not seen here."""
+    return {key: copy.copy(each) for key, each in left.items()}

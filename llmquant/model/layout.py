@@ -8,19 +8,17 @@ elementwise into which. Where a layer has experts, all of them are called for al
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmquant.errors import ArchitectureError
 from llmquant.model.experts import Experts, routers, unfuse
+from llmquant.model.watch import Call, Kept, Watch, watch
 
 
 class Family(NamedTuple):
@@ -84,6 +82,7 @@ class Layer:
     folds: tuple[tuple[str, str], ...]  # (source, target): scales on target's columns fold into source's last rows
     returned: int  # how much the tuple holds that its forward pass returns; 0: it returns hidden states alone
     norm_offset: float | None = None  # of the norms, which multiply by (weight + it); None: unknown, nothing folds
+    handed: tuple[tuple[str, int], ...] = ()  # arguments that are a part of what the layer before returned, and where
 
     def as_returned(self, states: Tensor) -> Any:
         """Hidden states as the forward pass returns them, with nothing for what else there is."""
@@ -111,6 +110,7 @@ class Layout:
     model_type: str
     layers: tuple[Layer, ...]
     shapes: dict[str, tuple[int, int]]  # every nn.Linear -> (m, n)
+    width: int  # numbers of a token's hidden states between layers
     kept: tuple[str, ...] = ()  # modules that send tokens to experts, gates, and linears whose weight others read
     strays: tuple[str, ...] = ()  # the few weights in layers that belong to no linear
 
@@ -135,20 +135,18 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
         raise ArchitectureError(f"{config.model_type}: cannot be built without its weights: {reason}") from error
     layers = decoder_layers(model, config)
     routing = tuple(f"{name}.{n}" for name, module in layers.items() for n in chain(routers(module), gates(module)))
-    calls, returned, read = _watch(model, layers, mode, routing)
-    times = Counter(call.module for call in calls)
-    loose = {*read, *(call.module for call in calls if call.kind is nn.Linear and times[call.module] > 1)}
-    calls = [call._replace(kind=_Kept) if call.module in loose else call for call in calls]
+    seen = watch(model, layers, mode, routing)
+    times = Counter(call.module for call in seen.calls if call.kind is nn.Linear)
+    loose = seen.read | {linear for linear, count in times.items() if count > 1}
+    calls = [call._replace(kind=Kept) if call.module in loose else call for call in seen.calls]
     kept = (*routing, *sorted(loose))
     strays = chain.from_iterable(_strays(name, module, config, routing, loose) for name, module in layers.items())
     family = FAMILIES.get(config.model_type, Family(norm_offset=None))
     return Layout(
         model_type=config.model_type,
-        layers=tuple(
-            _layer(name, module, calls, family, config, kept, returned=returned.get(name, 0))
-            for name, module in layers.items()
-        ),
+        layers=tuple(_layer(name, module, calls, family, config, kept, seen) for name, module in layers.items()),
         shapes={n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
+        width=seen.width,
         kept=kept,
         strays=tuple(strays),
     )
@@ -208,104 +206,19 @@ def _strays(
     return [parameter for parameter in found if parameter not in linears]
 
 
-class _Kept:
-    """The kind of a linear that is kept as it is."""
-
-
-class _Call(NamedTuple):
-    module: str
-    kind: type  # nn.Linear, _Kept, Experts, or nn.Module for norms
-    source: int  # storage of the input
-    result: int  # storage of the output
-
-
-def _watch(
-    model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTensorMode, routing: tuple[str, ...]
-) -> tuple[list[_Call], dict[str, int], tuple[str, ...]]:
-    """Run the fake model once.
-
-    Returns the calls of linears, experts and norms; what layers return, see Layer; and linears in them whose weight
-    was read by others than their own forward pass, which a packed one does not have.
-    """
-    calls: list[_Call] = []
-    returned: dict[str, int] = {}
-    read: list[str] = []
-    alive: list[Tensor] = []  # a storage that is freed could lend its identity to another
-
-    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        source = args[0] if args else next(iter(kwargs.values()))
-        kind: type = next(kind for kind in (nn.Linear, Experts, nn.Module) if isinstance(module, kind))
-        if name in routing:
-            kind, out = _Kept, source  # what a router makes is read by no linear, and may be no tensor
-        out = out[0] if isinstance(out, tuple) else out  # of a router that is a linear, too
-        alive.extend((source, out))
-        calls.append(_Call(name, kind, _storage(source), _storage(out)))
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            module.forward = module.everywhere  # type: ignore[method-assign]
-        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{layer}." for layer in layers)):
-            _tell_of_reading(module, partial(read.append, name))
-        if isinstance(module, nn.Linear | Experts) or type(module).__name__.endswith("Norm"):
-            hook = lambda module, args, kwargs, out, name=name: record(name, module, args, kwargs, out)  # noqa: E731
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    for name, layer in layers.items():
-        notice = lambda _, __, out, name=name: returned.update({name: len(out) if isinstance(out, tuple) else 0})  # noqa: E731
-        handles.append(layer.register_forward_hook(notice))
-    try:
-        with torch.no_grad(), mode:
-            model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False)
-    except Exception as error:  # whatever a model's own code may raise: the cause goes into the message
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArchitectureError(
-            f"{model.config.model_type}: cannot derive which linears share an input: its forward pass failed: {reason}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, returned, tuple(dict.fromkeys(read))
-
-
-def _tell_of_reading(linear: nn.Linear, tell: Callable[[], None]) -> None:
-    """Call `tell` whenever the weight of a linear is read from outside of its forward pass."""
-    inside = False
-
-    def attribute(self: nn.Module, name: str) -> Any:
-        if name == "weight" and not inside:
-            tell()
-        return nn.Module.__getattr__(self, name)
-
-    def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        nonlocal inside
-        inside = True
-        try:
-            return kind.forward(self, x)
-        finally:
-            inside = False
-
-    kind = type(linear)
-    linear.__class__ = type(kind.__name__, (kind,), {"__getattr__": attribute, "forward": forward})
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def _layer(
     name: str,
     module: nn.Module,
-    calls: list[_Call],
+    calls: list[Call],
     family: Family,
     config: PretrainedConfig,
     kept: tuple[str, ...],
-    *,
-    returned: int,
+    seen: Watch,
 ) -> Layer:
     inside = [call for call in calls if call.module.startswith(name + ".")]
     produced_by_norm = {call.result: call.module for call in inside if call.kind is nn.Module}
     # Experts and what is kept receive what a norm makes, too: no scale on the columns of a group folds into it.
-    shared = {call.module: call.source for call in inside if call.kind in (Experts, _Kept)}
+    shared = {call.module: call.source for call in inside if call.kind in (Experts, Kept)}
     members: dict[int, list[str]] = {}
     for call in inside:
         if call.kind is nn.Linear:
@@ -323,7 +236,8 @@ def _layer(
             source = shared[experts]  # of which each expert receives some tokens
         norm = produced_by_norm.get(source)
         groups.append(Group(tuple(names), norm, source not in shared.values(), experts is not None))
-    return Layer(name, tuple(groups), _folds(name, linears, family, config), returned, family.norm_offset)
+    returned, handed = seen.returned.get(name, 0), tuple(seen.handed.items())
+    return Layer(name, tuple(groups), _folds(name, linears, family, config), returned, family.norm_offset, handed)
 
 
 def _folds(name: str, linears: set[str], family: Family, config: PretrainedConfig) -> tuple[tuple[str, str], ...]:

@@ -57,15 +57,16 @@ class Layered:
         for layer in layers:
             with filling.filled(filling.part(layer.name)):
                 for i in range(len(windows)):
-                    stream.hidden[i] = stream.forward(layer, stream.module(layer), stream.hidden, i)
+                    stream.hidden[i] = stream.forward(layer, stream.module(layer), stream.hidden, stream.left, i)
                     self._noticed(1 / (of * len(layers)))
         inside = tuple(f"{layer.name}." for layer in layers)
         filling.fill(name for name in filling.names if not name.startswith(inside))
         filling.model.tie_weights()
         for states in (each.to(filling.device) for each in stream.hidden):
-            for layer in layers:  # what the model does to states before its first layer, it has done already
+            for layer in layers:
                 _return(states, layer, stream.module(layer))
-            yield filling.model(inputs_embeds=states, use_cache=False).logits[0]
+            ids = torch.zeros(states.shape[-3:-1], dtype=torch.int64, device=filling.device)
+            yield filling.model(input_ids=ids, use_cache=False).logits[0]
 
 
 def _return(states: Tensor, layer: Layer, module: nn.Module) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmquant.calibration.round_trip import RoundTrip
+from llmquant.calibration.stream import aside
 from llmquant.model.layout import Layer
 from llmquant.scheme import Scheme
 from llmquant.solve.methods import Choices, Problem, solve
@@ -35,10 +36,11 @@ def isolated_kl(trip: RoundTrip, layer: Layer, weights: Mapping[str, Tensor]) ->
     states = list(trip.states[number])[:SEQUENCES]
     for name, weight in weights.items():
         shell.set_weight(name, weight)
-    states = [forward() for forward in stream.forwards(layer, stream.module(layer), states)]
+    left = aside(stream.left)
+    states = [forward() for forward in stream.forwards(layer, stream.module(layer), states, left)]
     for later in trip.layers[number + 1 :]:
         with shell.filled(shell.part(later.name)):
-            states = [forward() for forward in stream.forwards(later, stream.module(later), states)]
+            states = [forward() for forward in stream.forwards(later, stream.module(later), states, left)]
     both = [each for pair in zip(trip.last, states, strict=False) for each in pair]
     logits = trip.logits(both)
     total = tokens = 0.0
