@@ -40,11 +40,25 @@ LINEAR = {  # attention in the first layer
 GLM = QWEN | {"image_size": 28, "patch_size": 14}
 GLM_TEXT = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}
 GLM_EXPERTS = EXPERTS | {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+MISTRAL_4 = {
+    "model_type": "mistral4",
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 GEMMA_4 = TEXT | {"global_head_dim": 16}
 GEMMA_4_EXPERTS = EXPERTS | {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": CLIP, "image_token_index": IMAGE},
     "mistral3": {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": PIXTRAL},
+    "mistral3_mistral4": {"text_config": TEXT | MISTRAL_4, "vision_config": PIXTRAL},
     "gemma3": {
         "text_config": TEXT | {"sliding_window": 8},
         "vision_config": SIGLIP,
@@ -64,7 +78,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": TEXT | GLM_TEXT | GLM_EXPERTS, "vision_config": GLM},
     "qwen3_5_moe": {"text_config": TEXT | EXPERTS | LINEAR, "vision_config": QWEN},
 }
-LONELY = ("gemma4_experts", "qwen3_vl_moe")  # whose experts transformers does not find one by one
+LONELY = ("gemma4_experts", "qwen3_vl_moe", "mistral3_mistral4")  # whose experts transformers does not find one by one
 STACKED = (*LONELY, "qwen3_5_moe")  # published with the experts of a layer in one tensor
 
 
@@ -72,7 +86,8 @@ def make(arch: str, tokenizer: Path, out: Path) -> Path:
     """Write a checkpoint of that family to `out`, with the tokenizer of another."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(arch.removesuffix("_experts"), **FAMILIES[arch])
+        family = arch.removesuffix("_experts").removesuffix("_mistral4")
+        config = AutoConfig.for_model(family, **FAMILIES[arch])
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
         for parameter in model.parameters():
             if parameter.dim() == 1 or not parameter.any():  # that one is lost has to show

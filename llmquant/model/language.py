@@ -9,7 +9,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import ArchitectureError
@@ -23,6 +29,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "glm4v_text": {"model_type": "glm4"},
     "glm4v_moe_text": {"model_type": "glm4_moe"},
 }
+ELSEWHERE = {"mistral4": AutoModelForImageTextToText}  # where transformers lists a causal language model, if not there
 OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")  # three positions for each token, which are equal for text
 PLACES = ("model.language_model.", "model.text_model.")  # in the place of `model.`
 
@@ -48,6 +55,12 @@ def language_config(config: PretrainedConfig, source: Checkpoint) -> PretrainedC
     head = any(name.endswith("lm_head.weight") for name in source.tensors)
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False)) and not head
     return text
+
+
+def causal_lm(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The causal language model of a configuration, with new weights; raises what `from_config` raises."""
+    model: PreTrainedModel = ELSEWHERE.get(config.model_type, AutoModelForCausalLM).from_config(config, **options)
+    return model
 
 
 def inside(config: PretrainedConfig) -> bool:

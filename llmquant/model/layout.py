@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmquant.errors import ArchitectureError
 from llmquant.model.experts import Experts, routers, unfuse
+from llmquant.model.language import causal_lm
 from llmquant.model.watch import Call, Kept, Watch, watch
 
 
@@ -128,7 +129,7 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     mode = FakeTensorMode()
     try:
         with mode:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+            model = causal_lm(config, trust_remote_code=trust_remote_code).eval()
             unfuse(model)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

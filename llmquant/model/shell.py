@@ -8,12 +8,12 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import ArchitectureError, CheckpointError, NumericsError
 from llmquant.model.experts import has_experts, unfuse
-from llmquant.model.language import inside, language_config, towers
+from llmquant.model.language import causal_lm, inside, language_config, towers
 from llmquant.model.names import Names, are_put_together
 
 
@@ -59,7 +59,7 @@ def empty_model(
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model = causal_lm(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise ArchitectureError(f"{config.model_type}: cannot build a causal language model: {reason}") from error
