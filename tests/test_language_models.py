@@ -1,12 +1,14 @@
 """Checkpoints that see, too: their language model is quantized, and all else is left as it is."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import towers
-from runs import packer
+from measuring import compared
+from runs import packer, recipe, write_ids
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -15,7 +17,7 @@ from llmquant.card import model_card
 from llmquant.convert import convert
 from llmquant.errors import ArchitectureError, RecipeError
 from llmquant.inspect import inspect_checkpoint
-from llmquant.pipeline import preview
+from llmquant.pipeline import preview, quantize
 from llmquant.recipe import Recipe
 from llmquant.runtime.generate import generate
 from llmquant.runtime.linear import QuantLinear
@@ -81,6 +83,23 @@ def test_transformers_has_the_same_language_model_with_our_kernels(arch: str, pa
     count = sum(isinstance(module, QuantLinear) for module in ours.modules())
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) == count > 10
     assert torch.equal(logits(model), logits(ours))
+
+
+@pytest.mark.parametrize("arch", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_of_a_model_that_talks_the_thinker_is_quantized(arch: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    thinker = towers.make_omni(arch, tiny_checkpoint, tmp_path / "original")
+    ours = load(tmp_path / "original", torch.float32)
+    assert torch.allclose(logits(ours), logits(thinker), rtol=1e-4, atol=1e-4)
+    calibration = write_ids(tmp_path / "ids.jsonl", 12, 48)
+    quantize(tmp_path / "original", tmp_path / "packed", recipe(calibration))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("original", "packed"))
+    linears = {name for name in before if name not in after}
+    assert len(linears) >= 14
+    assert all(name.startswith("thinker.model.layers.") for name in linears)
+    assert all(torch.equal(after[name], before[name]) for name in before if name not in linears)
+    block = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert {rf"re:.*{tower}\..*" for tower in ("audio_tower", "visual", "talker")} <= {*block["ignore"]}
+    assert compared(load(tmp_path / "packed", torch.float32), ours, IDS).divergence.mean_kl < 0.2
 
 
 @pytest.mark.parametrize("arch", ["llava", "gemma3"])

@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
 
 IMAGE, PATCHES = 500, 4  # a token's id, and how many stand for an image of 28 x 28
 TEXT: dict[str, Any] = {
@@ -78,6 +85,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": TEXT | GLM_TEXT | GLM_EXPERTS, "vision_config": GLM},
     "qwen3_5_moe": {"text_config": TEXT | EXPERTS | LINEAR, "vision_config": QWEN},
 }
+OMNI = {
+    "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+    | {"output_dim": 64, "downsample_hidden_size": 32},
+    "vision_config": QWEN | {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [0]},
+}
+OMNI_TEXT = {
+    "qwen2_5_omni": {"text_config": TEXT | MROPE},
+    "qwen3_omni_moe": {"text_config": TEXT | EXPERTS | MROPE},
+}
+THINKERS = {
+    "qwen2_5_omni": Qwen2_5OmniThinkerForConditionalGeneration,
+    "qwen3_omni_moe": Qwen3OmniMoeThinkerForConditionalGeneration,
+}
 LONELY = ("gemma4_experts", "qwen3_vl_moe", "mistral3_mistral4")  # whose experts transformers does not find one by one
 STACKED = (*LONELY, "qwen3_5_moe")  # published with the experts of a layer in one tensor
 
@@ -97,6 +117,20 @@ def make(arch: str, tokenizer: Path, out: Path) -> Path:
         stack_experts(out, turned=arch == "qwen3_vl_moe")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
     return out
+
+
+def make_omni(arch: str, tokenizer: Path, out: Path) -> PreTrainedModel:
+    """Of Qwen's models that also talk: the part that sees, hears and writes, which it returns, and another."""
+    config = AutoConfig.for_model(arch, thinker_config=OMNI | OMNI_TEXT[arch])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        THINKERS[arch](config.thinker_config).bfloat16().save_pretrained(out)
+    thinker = THINKERS[arch].from_pretrained(out, dtype=torch.float32).eval()
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(out / "model.safetensors").items()}
+    save_file(tensors | {"talker.model.norm.weight": torch.ones(64)}, out / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(out)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
+    return thinker
 
 
 def stack_experts(directory: Path, *, turned: bool = False) -> None:

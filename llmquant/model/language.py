@@ -26,12 +26,15 @@ ALONE: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"model_type": "qwen2"},
     "qwen3_vl_text": {"model_type": "qwen3"},
     "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
+    "qwen2_5_omni_text": {"model_type": "qwen2"},
+    "qwen3_omni_moe_text": {"model_type": "qwen3_moe"},
     "glm4v_text": {"model_type": "glm4"},
     "glm4v_moe_text": {"model_type": "glm4_moe"},
 }
 ELSEWHERE = {"mistral4": AutoModelForImageTextToText}  # where transformers lists a causal language model, if not there
 OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")  # three positions for each token, which are equal for text
 PLACES = ("model.language_model.", "model.text_model.")  # in the place of `model.`
+THINKER = "thinker"  # of Qwen's Omni models, which also talk: that of its parts which sees, hears and writes
 
 
 def language_config(config: PretrainedConfig, source: Checkpoint) -> PretrainedConfig:
@@ -43,7 +46,7 @@ def language_config(config: PretrainedConfig, source: Checkpoint) -> PretrainedC
     if not inside(config):
         return config
     try:
-        text = config.get_text_config(decoder=True)
+        text = getattr(config, f"{THINKER}_config", config).get_text_config(decoder=True)
     except ValueError as error:
         raise ArchitectureError(f"{config.model_type}: which language model is meant? {error}") from error
     if alone := ALONE.get(text.model_type):
@@ -65,17 +68,20 @@ def causal_lm(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 def inside(config: PretrainedConfig) -> bool:
     """Whether the language model is a part of a model."""
-    return any(getattr(config, name, None) is not None for name in ("text_config", "decoder", "generator"))
+    parts = (f"{THINKER}_config", "text_config", "decoder", "generator")
+    return any(getattr(config, name, None) is not None for name in parts)
 
 
 def places(name: str) -> list[str]:
     """Where a checkpoint may have a tensor of the language model, if that is a part of a model."""
     inner = name.removeprefix("model.")
-    return [f"language_model.{name}", *(place + inner for place in PLACES if inner != name)]
+    found = [f"language_model.{name}", *(place + inner for place in PLACES if inner != name)]
+    return [*found, f"{THINKER}.{name}"]
 
 
 def own_names(stored: str) -> list[str]:
     """What a tensor of a checkpoint is called in a checkpoint of the language model alone, if it is a part of that."""
+    stored = stored.removeprefix(f"{THINKER}.")
     inner = [f"model.{stored.removeprefix(place)}" for place in PLACES if stored.startswith(place)]
     return [*inner, stored.removeprefix("language_model.")]
 
@@ -88,7 +94,7 @@ def towers(names: Iterable[str], stored: Iterable[str]) -> tuple[str, ...]:
 
 def _top(name: str) -> str:
     """The outermost module; none for a tensor that is in no module."""
-    top, dot, _ = name.removeprefix("model.").partition(".")
+    top, dot, _ = name.removeprefix(f"{THINKER}.").removeprefix("model.").partition(".")
     return top if dot else ""
 
 
