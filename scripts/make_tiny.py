@@ -96,6 +96,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"n_routed_experts": 8, "num_experts_per_tok": 2, "v_head_dim": 16} | KINDS,
     "olmo_hybrid": LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
     "kimi_linear": CHOOSING | {"layer_types": ["linear_attention", "full_attention"]},
+    "nanochat": {},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
     "gemma3n_text": SHARING
     | {"activation_sparsity_pattern": [0.95, 0.0], "vocab_size_per_layer_input": 512, "laurel_rank": 32},

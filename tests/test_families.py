@@ -34,6 +34,7 @@ KEPT = {  # linears of decoder layers that are not packed, beside routers
     "glm_moe_dsa": {"wk", "weights_proj"},
     "olmo_hybrid": {"a_proj", "b_proj"},  # gates, beside a convolution that transformers puts together from three
     "kimi_linear": set(),
+    "nanochat": set(),  # initializes the weights of what it holds
     "jamba": {"dt_proj"},  # whose weight the state space multiplies by itself
     "gemma4_text": set(),
     "gemma3n_text": {"prediction_coefs", "correction_coefs", "modality_router"},  # four hidden states, mixed twice

@@ -73,6 +73,7 @@ class _Packed(nn.Module):
             wide = torch.float32 if dtype.is_floating_point else dtype  # every scale is exact in it
             self.register_buffer(name.removeprefix("."), torch.empty(shape, dtype=wide, device="meta"))
         self.register_parameter("bias", linear.bias)
+        self.weight = torch.empty(self.m, self.n, device="meta")  # for models that would initialize it
 
     def linear(self, name: str, dtype: torch.dtype) -> QuantLinear:
         """Raises CheckpointError if a tensor was not in the checkpoint or is malformed, NumericsError if not finite."""
