@@ -35,6 +35,7 @@ LATENT = {  # attention, and experts in all layers but the first
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }
+EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2}
 CHOOSING = LATENT | {"n_group": 1, "topk_group": 1, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
 LINEAR = {  # attention without keys to remember, in every other layer
     "linear_num_key_heads": 2,
@@ -69,6 +70,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1},
     "deepseek_v32": CHOOSING,
     "glm_moe_dsa": CHOOSING | {"indexer_types": ["full", "shared"]},
+    "deepseek_v4": EXPERTS
+    | {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"], "q_lora_rank": 32}
+    | {"o_lora_rank": 32, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 2},
+    "hy_v4": CHOOSING | {"indexer_types": ["full", "shared"]},
     "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "num_experts_per_tok": 2},
@@ -105,7 +110,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 # Those whose experts have a size of their own.
 MIXTURES = (
     "qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa",
-    "kimi_linear", "exaone_moe", "hy_v3", "ernie4_5_moe", "nemotron_h",
+    "kimi_linear", "deepseek_v4", "hy_v4", "exaone_moe", "hy_v3", "ernie4_5_moe", "nemotron_h",
 )  # fmt: skip
 MODEL_TYPE = {"gemma3": "gemma3_text"}  # the language model alone
 

@@ -32,6 +32,8 @@ from llmquant.verify import verify_checkpoint
 KEPT = {  # linears of decoder layers that are not packed, beside routers
     "deepseek_v32": {"wk", "weights_proj"},  # DeepSeek's sparse attention: what chooses tokens
     "glm_moe_dsa": {"wk", "weights_proj"},
+    "hy_v4": {"wk", "weights_proj"},  # and four hidden states for a token
+    "deepseek_v4": {"kv_proj", "gate_proj", "weights_proj", "o_a_proj"},
     "olmo_hybrid": {"a_proj", "b_proj"},  # gates, beside a convolution that transformers puts together from three
     "kimi_linear": set(),
     "nanochat": set(),  # initializes the weights of what it holds
@@ -39,7 +41,7 @@ KEPT = {  # linears of decoder layers that are not packed, beside routers
     "gemma4_text": set(),
     "gemma3n_text": {"prediction_coefs", "correction_coefs", "modality_router"},  # four hidden states, mixed twice
 }
-CHOOSING = ["deepseek_v32", "glm_moe_dsa"]  # tokens, among equals in any order
+CHOOSING = ["deepseek_v32", "glm_moe_dsa", "hy_v4", "deepseek_v4"]  # tokens, among equals in any order
 ROUTERS = {"gate", "router"}
 IDS = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(1))
 Make = Callable[..., Path]
@@ -95,7 +97,7 @@ def test_transformers_computes_the_same_with_our_kernels(arch: str, packed: Make
     assert torch.equal(logits(model), logits(load(packed(arch), torch.float32)))
 
 
-@pytest.mark.parametrize("arch", ["gemma3n_text", "gemma4_text", "glm_moe_dsa"])
+@pytest.mark.parametrize("arch", ["gemma3n_text", "gemma4_text", "glm_moe_dsa", "hy_v4", "deepseek_v4"])
 def test_layer_by_layer_a_batch_finds_what_layers_left_for_it(arch: str, make_checkpoint: Make) -> None:
     """Keys and values of an earlier layer, and the tokens that it chose: not those of another batch."""
     source = Checkpoint.open(make_checkpoint(arch=arch))
@@ -110,9 +112,10 @@ def test_layer_by_layer_a_batch_finds_what_layers_left_for_it(arch: str, make_ch
     last: list[Tensor] = []
     whole.get_submodule(layers[-1].name).register_forward_hook(lambda _, __, out: last.append(out))
     expected = logits(whole)
+    out = last[0][0] if layers[-1].returned else last[0]
     for i, states in enumerate(stream.hidden):
-        wanted = (last[0][0] if layers[-1].returned else last[0]).movedim(-3, 0)[i]
-        assert torch.allclose(states.squeeze(-3), wanted, rtol=1e-4, atol=1e-4)
+        wanted = out[:, i : i + 1] if arch == "gemma3n_text" else out[i : i + 1]
+        assert torch.allclose(states, wanted, rtol=1e-4, atol=1e-4)
         assert torch.allclose(states, stream.original[i], rtol=1e-4, atol=1e-4)
     for found, wanted in zip(Layered(source.root, torch.float32).logits(list(IDS)), expected, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)

@@ -26,7 +26,10 @@ from llmquant.runtime.transformers_plugin import LlmquantConfig
 from llmquant.verify import verify_checkpoint
 
 IDS = torch.arange(3, 51).view(2, 24)
-OVERRIDES = [{"match": r"re:.*\.[qkv]_proj", "bits": 8}, {"match": "model.layers.1.self_attn.o_proj", "skip": True}]
+OVERRIDES = [
+    {"match": r"re:.*\.self_attn\.(q|q_a|k|v|kv_a|gate)_proj(_with_mqa)?", "bits": 8},
+    {"match": "model.layers.1.self_attn.o_proj", "skip": True},
+]
 Make = Callable[[str], Path]
 
 
@@ -70,9 +73,10 @@ def test_what_is_not_of_the_language_model_is_copied(arch: str, original: Make, 
     beside = [name for name in before if any(part in name for part in ("vis", "projector", "connector"))]
     assert len(beside) > 10
     assert all(torch.equal(after[name], before[name]) for name in beside)
-    linears = [name for name in before if ".layers." in name and name.endswith("_proj.weight") and name not in beside]
-    (kept,) = (name for name in linears if name in after)
-    assert kept.endswith("layers.1.self_attn.o_proj.weight")
+    leaves = ("_proj.weight", ".wo.weight", ".wkv_b.weight", ".w1.weight", ".w2.weight")
+    linears = [name for name in before if "layers." in name and name.endswith(leaves) and name not in beside]
+    (kept,) = (name for name in linears if name in after and "indexer" not in name)
+    assert kept.endswith(("layers.1.self_attn.o_proj.weight", "layers.1.attention.wo.weight"))
     verify_checkpoint(packed(arch))
 
 

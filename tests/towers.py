@@ -60,12 +60,16 @@ MISTRAL_4 = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
 }
+MISTRAL_LARGE_4 = MISTRAL_4 | {"model_type": "mistral_large4_text", "index_n_heads": 2, "index_head_dim": 16}
+MISTRAL_LARGE_4 |= {"index_topk": 8}
 GEMMA_4 = TEXT | {"global_head_dim": 16}
 GEMMA_4_EXPERTS = EXPERTS | {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {"text_config": TEXT | {"model_type": "llama"}, "vision_config": CLIP, "image_token_index": IMAGE},
     "mistral3": {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": PIXTRAL},
     "mistral3_mistral4": {"text_config": TEXT | MISTRAL_4, "vision_config": PIXTRAL},
+    "mistral_large4": {"text_config": TEXT | MISTRAL_LARGE_4, "vision_config": PIXTRAL},
+    "muse_glimmer": {"text_config": TEXT | {"sliding_window": 8}, "vision_config": EYE | {"patch_size": 14}},
     "gemma3": {
         "text_config": TEXT | {"sliding_window": 8},
         "vision_config": SIGLIP,

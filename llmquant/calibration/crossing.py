@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmquant.calibration.stream import Stream, sizes
+from llmquant.calibration.stream import Stream
 from llmquant.calibration.walk import Walk
 from llmquant.model.experts import routed, without_guests
 from llmquant.model.layout import Layer
@@ -89,7 +89,7 @@ class Crossing:
     @cached_property
     def _sizes(self) -> list[Tensor]:
         """Of each token's state before the layer, [B, T] for each batch."""
-        return [sizes(states) for states in self.stream.hidden]
+        return [self.stream.sizes(states) for states in self.stream.hidden]
 
     def again(self) -> None:
         """What the batches have passed already has changed: bring them anew to where they stand."""

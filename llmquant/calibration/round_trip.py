@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmquant.calibration.batches import Batch
 from llmquant.calibration.spool import Spool
-from llmquant.calibration.stream import Stream, aside, sizes
+from llmquant.calibration.stream import Stream, aside
 from llmquant.model.layout import Group, Layer
 from llmquant.model.names import tied_names
 from llmquant.model.shell import Shell, place
@@ -77,8 +77,7 @@ class RoundTrip:
         with self.stream.replaced(forwards), shell.filled(outside), self._tied():
             for each in states:
                 given[:] = [each.to(shell.device)]
-                ids = torch.zeros(each.shape[-3:-1], dtype=torch.int64, device=shell.device)
-                yield shell.model(input_ids=ids, use_cache=False).logits
+                yield shell.model(input_ids=self.stream.ids_for(each), use_cache=False).logits
 
     @contextmanager
     def _tied(self) -> Iterator[None]:
@@ -127,7 +126,7 @@ class RoundTrip:
     ) -> Tensor | None:
         """One batch through one layer: the gradient of its input from that of its output, if there is one."""
         mask = self.stream.masks[batch].reshape(-1)
-        size = sizes(states).reshape(-1).to(mask.device)
+        size = self.stream.sizes(states).reshape(-1).to(mask.device)
         leaf = states.detach().clone().requires_grad_(gradient is not None)
         with torch.set_grad_enabled(gradient is not None), self._noted(layer) as passed:
             out = self.stream.forward(layer, self.stream.module(layer), {batch: leaf}, aside(self.stream.left), batch)

@@ -38,7 +38,9 @@ Arguments = dict[int | str, Any]  # by place or name
 
 
 class Stream:
-    """Hidden states before the next decoder layer, one tensor [B, T, hidden] per batch; some have several of these.
+    """Hidden states before the next decoder layer, one tensor [B, T, hidden] per batch.
+
+    A token may have several: [k, B, T, hidden] in Gemma 3n, [B, T, k, hidden] in DeepSeek-V4.
 
     Most of what a layer receives besides hidden states and what others left (positions, masks) depends on the
     batch's shape alone, because sequences are padded on the right and the models are causal. It is recorded
@@ -103,8 +105,9 @@ class Stream:
             if first:
                 hidden.append(states.cpu())
             given: Arguments = dict(chain(enumerate(args), kwargs.items()))
-            usual = self._arguments.setdefault((states.shape[-3:-1], layer.name), given)
-            self._own[len(hidden) - 1, layer.name] = {n: v for n, v in given.items() if not _alike(v, usual.get(n))}
+            batch = len(hidden) - 1
+            usual = self._arguments.setdefault((self.masks[batch].shape, layer.name), given)
+            self._own[batch, layer.name] = {n: v for n, v in given.items() if not _alike(v, usual.get(n))}
             return layer.as_returned(states)
 
         return forward
@@ -130,7 +133,7 @@ class Stream:
 
         What those before it have left is in `left`, to which the layer adds.
         """
-        given = self._arguments[states[batch].shape[-3:-1], layer.name] | self._own[batch, layer.name]
+        given = self._arguments[self.masks[batch].shape, layer.name] | self._own[batch, layer.name]
         given |= {name: left.setdefault((batch, name), type(v)()) for name, v in given.items() if _to_be_filled(v)}
         given |= {name: left.get((batch, name)) for name, _ in layer.handed}
         args = [argument for place, argument in given.items() if isinstance(place, int)]
@@ -139,18 +142,27 @@ class Stream:
         left |= {(batch, name): out[place] for name, place in layer.handed}
         return (out[0] if layer.returned else out).cpu()
 
+    def sizes(self, states: Tensor) -> Tensor:
+        """Root mean square of each token's states, fp32 [B, T]."""
+        squares = states.float().square()
+        squares = squares.flatten(2) if self._before(states) else squares.movedim(0, -2).flatten(2)
+        return squares.mean(-1).sqrt().clamp(min=1e-6)
+
+    def ids_for(self, states: Tensor) -> Tensor:
+        """Any token ids, int64 [B, T], as many as there are `states`."""
+        shape = states.shape[:2] if self._before(states) else states.shape[1:3]
+        return torch.zeros(shape, dtype=torch.int64, device=self._shell.device)
+
+    def _before(self, states: Tensor) -> bool:
+        """Whether a token's place comes before that of its states."""
+        return states.dim() == 3 or self.hidden[0].shape[:2] == self.masks[0].shape
+
     def digest(self) -> str:
         """sha256 over the states: equal streams, equal digests."""
         digest = hashlib.sha256()
         for states in chain(self.hidden, self.original or ()):
             digest.update(states.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-def sizes(states: Tensor) -> Tensor:
-    """Root mean square of each token's state, over all that it has: [..., B, T, hidden] to fp32 [B, T]."""
-    squares = states.float().square().mean(-1)
-    return squares.view(-1, *squares.shape[-2:]).mean(0).sqrt().clamp(min=1e-6)
 
 
 def _to_be_filled(argument: Any) -> bool:

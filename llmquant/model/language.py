@@ -16,9 +16,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from llmquant.checkpoint.reader import Checkpoint
 from llmquant.errors import ArchitectureError
+from llmquant.model.headed import headed
 
 # Language models that transformers builds inside of others alone, and which they are where there is nothing but text.
 ALONE: dict[str, dict[str, Any]] = {
@@ -32,6 +34,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"model_type": "glm4_moe"},
 }
 ELSEWHERE = {"mistral4": AutoModelForImageTextToText}  # where transformers lists a causal language model, if not there
+HEADED = {"mistral_large4_text", "muse_glimmer_text", "muse_spark_text"}  # those that get a head of ours; see `headed`
 OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")  # three positions for each token, which are equal for text
 PLACES = ("model.language_model.", "model.text_model.")  # in the place of `model.`
 THINKER = "thinker"  # of Qwen's Omni models, which also talk: that of its parts which sees, hears and writes
@@ -62,6 +65,9 @@ def language_config(config: PretrainedConfig, source: Checkpoint) -> PretrainedC
 
 def causal_lm(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """The causal language model of a configuration, with new weights; raises what `from_config` raises."""
+    if config.model_type in HEADED:
+        built: PreTrainedModel = headed(MODEL_MAPPING[type(config)])._from_config(config, dtype=options.get("dtype"))
+        return built
     model: PreTrainedModel = ELSEWHERE.get(config.model_type, AutoModelForCausalLM).from_config(config, **options)
     return model
 

@@ -13,12 +13,11 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmquant.errors import ArchitectureError
-from llmquant.model.experts import Experts, routers, unfuse
-from llmquant.model.language import causal_lm
+from llmquant.model.experts import Experts, routers
+from llmquant.model.shell import empty_model
 from llmquant.model.watch import Call, Kept, Watch, watch
 
 
@@ -54,14 +53,15 @@ FAMILIES = {
 }
 
 
-# What a linear attention forgets by and writes by, a row or two for each head, and some of what DeepSeek's sparse
-# attention chooses tokens by. They are kept as they are: they are few, what they say is multiplied up over all tokens
-# that follow, and vLLM makes one linear of wk and weights_proj, which it never quantizes.
+# What a linear attention forgets by and writes by, a row or two for each head; what DeepSeek's sparse attention chooses
+# tokens by, and what it compresses them with. They are kept as they are: they are few, what they say is multiplied up
+# over all tokens that follow, and vLLM makes linears of wk and weights_proj, and of compressors, that stay in 16 bits.
 GATES = (
     ".in_proj_a", ".in_proj_b", ".in_proj_ba", ".linear_attn.a_proj", ".linear_attn.b_proj",
-    ".indexer.wk", ".indexer.weights_proj",
+    ".indexer.wk", ".weights_proj", ".indexer.kv_proj", ".indexer.gate_proj",
+    ".compressor.kv_proj", ".compressor.gate_proj",
 )  # fmt: skip
-STRAY = 1 / 16  # of a layer's weights may belong to no linear, as what a state space decays by: kept, and said
+STRAY = 1 / 8  # of a layer's weights may belong to no linear, as what a state space decays by: kept, and said
 
 
 @dataclass(frozen=True)
@@ -126,21 +126,14 @@ def derive_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     Raises:
         ArchitectureError: names what could not be derived.
     """
-    mode = FakeTensorMode()
-    try:
-        with mode:
-            model = causal_lm(config, trust_remote_code=trust_remote_code).eval()
-            unfuse(model)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ArchitectureError(f"{config.model_type}: cannot be built without its weights: {reason}") from error
+    model = empty_model(config, trust_remote_code=trust_remote_code)
     layers = decoder_layers(model, config)
     routing = tuple(f"{name}.{n}" for name, module in layers.items() for n in chain(routers(module), gates(module)))
-    seen = watch(model, layers, mode, routing)
+    seen = watch(model, layers, routing)
     times = Counter(call.module for call in seen.calls if call.kind is nn.Linear)
-    loose = seen.read | {linear for linear, count in times.items() if count > 1}
+    loose = seen.read | seen.other | {linear for linear, count in times.items() if count > 1}
     calls = [call._replace(kind=Kept) if call.module in loose else call for call in seen.calls]
-    kept = (*routing, *sorted(loose))
+    kept = (*routing, *sorted(loose - {*routing}))
     strays = chain.from_iterable(_strays(name, module, config, routing, loose) for name, module in layers.items())
     family = FAMILIES.get(config.model_type, Family(norm_offset=None))
     return Layout(
@@ -200,7 +193,7 @@ def _strays(
     if sum(tensor.numel() for tensor in found.values()) > STRAY * sum(packed.values()):
         largest = max(found, key=lambda parameter: found[parameter].numel())
         owned = largest in linears
-        reason = "is used more than once, or read by other code" if owned else "belongs to no linear (fused experts?)"
+        reason = "is no product of its own input alone" if owned else "belongs to no linear (fused experts?)"
         raise ArchitectureError(
             f"{config.model_type}: {largest} {tuple(found[largest].shape)} {reason}; this architecture is not supported"
         )

@@ -91,13 +91,22 @@ class Names:
         rules = get_model_conversion_mapping(self.model, add_legacy=False)
         return {rule.target_patterns[0]: rule.source_patterns for rule in rules if joins(rule)}
 
+    def _outer_rules(self) -> list[WeightRenaming]:
+        """The renamings of the model that this one is a part of."""
+        kind = self.source.config.get("model_type")
+        known = isinstance(kind, str) and kind != self.model.config.model_type
+        return list(apart(get_checkpoint_conversion_mapping(kind) or ())) if known else []
+
     @cached_property
     def _renamed(self) -> dict[str, str]:
         """What transformers would call the checkpoint's tensors -> what they are called."""
-        rules = renamings(self.model)
+        rules, outer = renamings(self.model), self._outer_rules()
         found: dict[str, str] = {}
-        for stored in self.source.tensors if rules else ():
-            for name in own_names(stored):
+        for stored in self.source.tensors if rules or outer else ():
+            whole = stored
+            for rule in outer:
+                whole = rule.rename_source_key(whole)[0]
+            for name in own_names(whole):
                 for rule in rules:
                     name = rule.rename_source_key(name)[0]
                 for spelling in spellings(name, self.model):

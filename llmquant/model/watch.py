@@ -37,6 +37,7 @@ class Watch:
         returned: by layer, how much the tuple holds that it returns; 0 where it returns hidden states alone.
         width: numbers of a token's hidden states between layers.
         handed: which argument of a layer was which part of what the one before returned.
+        other: linears that multiply in another way than all do, as one of DeepSeek-V4 its groups.
         read: linears of layers whose weight was read by others than their own forward pass. A packed one has none.
     """
 
@@ -45,6 +46,7 @@ class Watch:
     returned: dict[str, int] = field(default_factory=dict)
     width: int = 0
     handed: dict[str, int] = field(default_factory=dict)
+    other: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
     _beside: dict[int, int] = field(default_factory=dict)  # what a layer returned beside hidden states, and where
     _alive: list[Any] = field(default_factory=list)  # what is freed could lend its identity to another
@@ -55,6 +57,10 @@ class Watch:
         if name in self.routing:
             kind, out = Kept, source  # what a router makes is read by no linear, and may be no tensor
         out = out[0] if isinstance(out, tuple) else out  # of a router that is a linear, too
+        if isinstance(module, nn.Linear) and kind is nn.Linear:
+            m, n = module.out_features, module.in_features
+            usual = source.shape[-1] == n and out.shape == (*source.shape[:-1], m)
+            self.other |= set() if usual else {name}
         self._alive += source, out
         self.calls.append(Call(name, kind, _storage(source), _storage(out)))
 
@@ -64,7 +70,7 @@ class Watch:
         if any(id(argument) in self._beside for argument in args):
             raise NotImplementedError(f"{name} receives more than hidden states from the layer before, without a name")
         states, *beside = out if isinstance(out, tuple) else (out,)
-        if states.shape[-3:-1] != (BATCH, TOKENS):
+        if (BATCH, TOKENS) not in (states.shape[:2], states.shape[-3:-1]):
             raise NotImplementedError(f"{name} makes {tuple(states.shape)} of {BATCH} x {TOKENS} tokens")
         self.width = states.numel() // (BATCH * TOKENS)
         self._beside = {id(each): place for place, each in enumerate(beside, 1) if each is not None}
@@ -72,14 +78,14 @@ class Watch:
         self.returned[name] = len(out) if isinstance(out, tuple) else 0
 
 
-def watch(
-    model: PreTrainedModel, layers: dict[str, nn.Module], mode: FakeTensorMode, routing: tuple[str, ...]
-) -> Watch:
-    """Run a fake model once; it cannot be used any more.
+def watch(model: PreTrainedModel, layers: dict[str, nn.Module], routing: tuple[str, ...]) -> Watch:
+    """Run a model without weights once, with tensors that have a shape alone; it cannot be used any more.
 
     Raises:
         ArchitectureError: it cannot be run, or its layers pass on what a stream of hidden states does not hold.
     """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _fake(model, mode)
     seen = Watch(routing)
     inside = tuple(f"{layer}." for layer in layers)
     for name, module in model.named_modules():
@@ -100,6 +106,20 @@ def watch(
             f"{model.config.model_type}: cannot derive which linears share an input: its forward pass failed: {reason}"
         ) from error
     return seen
+
+
+def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Put shapes in the place of parameters and buffers, on the CPU; what is one tensor stays one."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for own in owned:
+            for name, tensor in own.items():
+                if tensor is not None and id(tensor) not in made:
+                    with mode:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    made[id(tensor)] = fake if own is module._buffers else nn.Parameter(fake, requires_grad=False)
+                own[name] = None if tensor is None else made[id(tensor)]
 
 
 def _tell_of_reading(linear: nn.Linear, tell: Callable[[], None]) -> None:

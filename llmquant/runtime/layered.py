@@ -65,8 +65,7 @@ class Layered:
         for states in (each.to(filling.device) for each in stream.hidden):
             for layer in layers:
                 _return(states, layer, stream.module(layer))
-            ids = torch.zeros(states.shape[-3:-1], dtype=torch.int64, device=filling.device)
-            yield filling.model(input_ids=ids, use_cache=False).logits[0]
+            yield filling.model(input_ids=stream.ids_for(states), use_cache=False).logits[0]
 
 
 def _return(states: Tensor, layer: Layer, module: nn.Module) -> None:

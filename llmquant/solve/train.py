@@ -122,4 +122,5 @@ def _held_out_loss(
 def token_loss(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean over the tokens that count of ||output - target||^2 / ||target||^2."""
     error = (output.float() - target.float()).square().sum(-1) / target.float().square().sum(-1).clamp(min=1e-20)
-    return error[..., mask.to(error.device)].mean()
+    mask = mask.to(error.device)
+    return (error[mask] if error.shape[:2] == mask.shape else error[..., mask]).mean()

@@ -169,7 +169,14 @@ def test_other_experts_are_refused_by_name(model_type: str, options: dict[str, i
         derive_layout(config)
 
 
-def test_a_model_without_decoder_layers_is_refused() -> None:
-    config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
-    with pytest.raises(ArchitectureError, match="mamba"):
+def test_a_model_without_linears_in_its_layers_is_refused() -> None:
+    """GPT-2 has matrices the other way round."""
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=64)
+    with pytest.raises(ArchitectureError, match="gpt2: cannot derive the decoder layers"):
+        derive_layout(config)
+
+
+def test_layers_that_pass_on_what_a_stream_does_not_hold_are_refused() -> None:
+    config = AutoConfig.for_model("zaya", hidden_size=64, num_hidden_layers=4, vocab_size=128)
+    with pytest.raises(ArchitectureError, match="receives more than hidden states from the layer before"):
         derive_layout(config)
