@@ -115,5 +115,5 @@ def every_expert(layer: str) -> str:
 
 
 def below(tower: str) -> str:
-    """A pattern for all that is in a tower."""
-    return rf"re:.*{re.escape(tower)}\..*"
+    """A pattern for a tower, which may be a linear, and for all that is in it."""
+    return rf"re:.*{re.escape(tower)}(\..*)?$"

@@ -91,6 +91,13 @@ class Names:
         rules = get_model_conversion_mapping(self.model, add_legacy=False)
         return {rule.target_patterns[0]: rule.source_patterns for rule in rules if joins(rule)}
 
+    def outside(self, stored: str) -> str:
+        """What the model that this one is a part of calls a tensor of the checkpoint."""
+        for rule in self._outer_rules:
+            stored = rule.rename_source_key(stored)[0]
+        return stored
+
+    @cached_property
     def _outer_rules(self) -> list[WeightRenaming]:
         """The renamings of the model that this one is a part of."""
         kind = self.source.config.get("model_type")
@@ -100,13 +107,10 @@ class Names:
     @cached_property
     def _renamed(self) -> dict[str, str]:
         """What transformers would call the checkpoint's tensors -> what they are called."""
-        rules, outer = renamings(self.model), self._outer_rules()
+        rules = renamings(self.model)
         found: dict[str, str] = {}
-        for stored in self.source.tensors if rules or outer else ():
-            whole = stored
-            for rule in outer:
-                whole = rule.rename_source_key(whole)[0]
-            for name in own_names(whole):
+        for stored in self.source.tensors if rules or self._outer_rules else ():
+            for name in own_names(self.outside(stored)):
                 for rule in rules:
                     name = rule.rename_source_key(name)[0]
                 for spelling in spellings(name, self.model):
@@ -148,6 +152,11 @@ def joins(rule: Any) -> bool:
         case [Concatenate(dim=0)]:
             return len(rule.source_patterns) > 1 and not any("*" in source for source in rule.source_patterns)
     return False
+
+
+def converts_others(rule: Any) -> bool:
+    """Whether a rule does more than rename, to tensors that are not of experts."""
+    return not isinstance(rule, WeightRenaming) and not any("experts" in target for target in rule.target_patterns)
 
 
 def are_put_together(*model_types: str) -> bool:

@@ -91,13 +91,15 @@ class Shell:
         self.model = empty_model(
             self.config, trust_remote_code=source.trust_remote_code, device=device, calibrated=True
         )
-        self.names = Names(self.model, source).all()
+        names = Names(self.model, source)
+        self.names = names.all()
         embedding = self.model.get_input_embeddings()
         self._embedding = next(name for name, module in self.model.named_modules() if module is embedding)
         used = set(chain.from_iterable(self.names.values()))
         self.extra = [name for name in source.tensors if name not in used]
         self.inside = inside(whole)
-        self.towers = towers(self.extra, used)
+        both = [[*stored, *map(names.outside, stored)] for stored in (self.extra, used)]
+        self.towers = towers(*both)
         kinds = whole.model_type, whole.get_text_config(decoder=True).model_type
         self.lonely_experts = has_experts(self.model) and not are_put_together(*kinds)
 

@@ -21,7 +21,7 @@ from llmquant.formats import Format, for_config
 from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.experts import has_experts, unfuse
-from llmquant.model.names import apart, joins
+from llmquant.model.names import apart, converts_others
 from llmquant.model.shell import check_finite
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
@@ -135,7 +135,7 @@ class LlmquantQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Where experts stay apart, all but what would fuse them."""
         rules = list(weight_conversions)
-        return [*apart(rules), *filter(joins, rules)] if self._apart else rules
+        return [*apart(rules), *filter(converts_others, rules)] if self._apart else rules
 
     @property
     def is_trainable(self) -> bool:

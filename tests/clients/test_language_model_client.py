@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one scheme": {},
     "two schemes, one kept": {
         "overrides": [
-            {"match": r"re:.*\.[qkv]_proj", "bits": 8},
+            {"match": r"re:.*\.self_attn\.(q|q_a|k|v|kv_a|gate)_proj(_with_mqa)?", "bits": 8},
             {"match": "model.layers.1.self_attn.o_proj", "skip": True},
         ]
     },
