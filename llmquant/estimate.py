@@ -43,10 +43,8 @@ def estimate(recipe: Recipe, shell: Shell, layout: Layout) -> Estimate:
     # Between layers each token is one state; inside one, the state and the input of the linear it stands before.
     one = tokens * layout.width * item
     spilled = one if streams == 2 and one >= SPILL_BYTES else 0
-    added = (
-        tokens * len(layout.layers) * (getattr(shell.config, "hidden_size_per_layer_input", 0) or 0) * item
-    )  # Gemma's
-    state = streams * (one + tokens * widest * item) - spilled + added
+    by_token = len(layout.layers) * (getattr(shell.config, "hidden_size_per_layer_input", 0) or 0)  # what Gemma adds
+    state = streams * (one + tokens * widest * item) - spilled + tokens * by_token * item
     solve = max(_solve_bytes(layout, group.linears) for layer in layout.layers for group in layer.groups)
     rest = solve if recipe.calibrated else item * max(dense for dense, _ in sizes)
     memory = RUNTIME_BYTES + state + max(outside, layer_bytes + rest)

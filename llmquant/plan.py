@@ -271,7 +271,7 @@ class _Draft:
 def _draft_outside(shell: Shell, layout: Layout) -> _Draft:
     inside = tuple(f"{layer.name}." for layer in layout.layers)
     kept = (*(name for name in shell.names if not name.startswith(inside)), *shell.extra)
-    return _Draft(OUTSIDE, None, {}, kept, {part: spec for name in kept for part, spec in _stored_specs(shell, name)})
+    return _Draft(OUTSIDE, None, {}, kept, dict(chain.from_iterable(_stored_specs(shell, name) for name in kept)))
 
 
 def _draft_layer(layer: Layer, recipe: Recipe, shell: Shell, layout: Layout) -> _Draft:

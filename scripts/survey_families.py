@@ -5,9 +5,9 @@ The original is loaded and compared with what transformers loads; quantized by t
 verified and loaded again; it has to write token by token what it computes at once; and, with --client, transformers
 and compressed-tensors in another environment compute logits from the files, without llmquant.
 
-    python scripts/survey_families.py --client .venv-clients/bin/python --json docs/results/families.json
+    python scripts/survey_families.py --client .venv-clients/bin/python
 
-prints a table; families can be named.
+prints the table of docs/families.md; families can be named.
 """
 
 import argparse
@@ -17,8 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llmquant import Recipe, load, quantize, verify_checkpoint
 
-# Encoders, decoders of other encoders, and what makes no text.
+# Encoders, decoders of other encoders, what makes no text, and what no few numbers make small.
 OTHERS = set(
-    "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert data2vec-text electra "
-    "emu3 ernie fuyu git got_ocr2 marian mbart megatron-bert mllama moshi moss_transcribe_diarize musicgen "
-    "musicgen_melody mvp pegasus plbart prophetnet reformer rembert roberta roberta-prelayernorm roc_bert roformer "
-    "trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod".split()
+    "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt camembert data2vec-text "
+    "electra emu3 ernie fuyu gemma4_assistant gemma4_unified_assistant git got_ocr2 marian mbart megatron-bert "
+    "mllama moshi moss_transcribe_diarize musicgen musicgen_melody mvp pegasus plbart prophetnet reformer rembert "
+    "roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod".split()
 )
 SIZES: dict[str, Any] = {
     **dict.fromkeys(
@@ -71,7 +70,7 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "lara_mini"), LINEAR),
     **dict.fromkeys(("lfm2_moe", "lfm3"), SHORT),
     "kimi_linear": LATENT | LINEAR,
-    "bailing_hybrid": LATENT | LINEAR,
+    "bailing_hybrid": LATENT | LINEAR | {"num_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -119,23 +118,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types; all if not given")
     parser.add_argument("--client", type=Path, help="a Python with transformers and compressed-tensors")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     families = options.families or sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - OTHERS)
-    rows: dict[str, Row] = {}
+    seen: set[str] = set()
     for family in families:
         with tempfile.TemporaryDirectory() as work:
             row = survey(family, Path(work), options.client)
-        if row.family not in rows:
-            rows[row.family] = row
+        if row.family not in seen:
+            seen.add(row.family)
             Console(soft_wrap=True).print(line(row), markup=False, highlight=False)
-    if options.json:
-        versions = {"date": str(date.today()), "transformers": transformers.__version__, "torch": torch.__version__}
-        options.json.write_text(json.dumps(versions | {"families": [*map(asdict, rows.values())]}, indent=1) + "\n")
 
 
 def survey(family: str, work: Path, client: Path | None) -> Row:
@@ -173,10 +168,9 @@ def small(family: str) -> PretrainedConfig:
         config = kind().get_text_config(decoder=True)
     except Exception:  # its own defaults may not fit each other
         config = kind(**{name: size for name, size in SIZES.items() if name in kind.__annotations__})
-    known = {*config.to_dict(), *OWN.get(config.model_type, ())} - {*config.attribute_map}
-    sizes = SIZES | OWN.get(config.model_type, {})
-    chosen = {name: sizes[name] for name in known if sizes.get(name) is not None}
-    return AutoConfig.for_model(config.model_type, **chosen)
+    known = {*config.to_dict()} - {*config.attribute_map}
+    sizes = {name: size for name, size in SIZES.items() if name in known} | OWN.get(config.model_type, {})
+    return AutoConfig.for_model(config.model_type, **{name: size for name, size in sizes.items() if size is not None})
 
 
 def make(config: PretrainedConfig, work: Path) -> Path:
@@ -217,7 +211,9 @@ def divergence(expected: Tensor, found: Tensor) -> float:
 @torch.no_grad()
 def writes_the_same(model: Any) -> bool:
     written = model.generate(IDS[:1, :24], max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    return torch.equal(model(written, use_cache=False).logits[0, 23:-1].argmax(-1), written[0, 24:])
+    whole = model(written, use_cache=False).logits[0, 23:-1]
+    whole[:, SIZES["eos_token_id"]] = -torch.inf  # which the least of new tokens rules out
+    return torch.equal(whole.argmax(-1), written[0, 24:])
 
 
 def ask(client: Path, work: Path, expected: Tensor) -> float | str:

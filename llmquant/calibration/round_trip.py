@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmquant.calibration.batches import Batch
 from llmquant.calibration.spool import Spool
 from llmquant.calibration.stream import Stream, aside
+from llmquant.errors import RecipeError
 from llmquant.model.layout import Group, Layer
 from llmquant.model.names import tied_names
 from llmquant.model.shell import Shell, place
@@ -45,6 +46,8 @@ class RoundTrip:
         *,
         spill: Path | None = None,
     ) -> None:
+        if any(layer.handed for layer in layers):  # by the way back, what a layer handed on is not there any more
+            raise RecipeError("sensitivity: is not measured where layers hand on more than hidden states")
         self.shell, self.layers, self._probed = shell, layers, sorted(probed)
         self.stream = Stream(shell, layers, batches)
         self.states: list[list[Tensor] | Spool] = []

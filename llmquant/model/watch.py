@@ -73,7 +73,7 @@ class Watch:
         if (BATCH, TOKENS) not in (states.shape[:2], states.shape[-3:-1]):
             raise NotImplementedError(f"{name} makes {tuple(states.shape)} of {BATCH} x {TOKENS} tokens")
         self.width = states.numel() // (BATCH * TOKENS)
-        self._beside = {id(each): place for place, each in enumerate(beside, 1) if each is not None}
+        self._beside = {id(each): place for place, each in enumerate(beside, 1) if isinstance(each, Tensor)}
         self._alive += beside
         self.returned[name] = len(out) if isinstance(out, tuple) else 0
 
