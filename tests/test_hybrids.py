@@ -88,17 +88,24 @@ def test_tokens_one_by_one_are_those_of_the_whole(arch: str, packed: Make) -> No
     assert torch.equal(found[:, 70:], expected[:, : found.shape[1] - 70])
 
 
-def test_what_guesses_tokens_ahead_is_copied_and_ignored(make_checkpoint: Make, tmp_path: Path) -> None:
-    """A part of published checkpoints that transformers does not load, and servers do."""
+@pytest.mark.parametrize(
+    ("arch", "ahead"), [("qwen3_5_text", "mtp.layers.0.mlp.up_proj"), ("deepseek_v3", "model.layers.2.mlp.up_proj")]
+)
+def test_what_guesses_tokens_ahead_is_copied_and_ignored(
+    arch: str, ahead: str, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    """A part of published checkpoints that transformers does not load, and servers do; DeepSeek-V3's is a layer."""
     original, out = tmp_path / "original", tmp_path / "packed"
-    shutil.copytree(make_checkpoint(arch="qwen3_5_text"), original)
+    shutil.copytree(make_checkpoint(arch=arch), original)
     tensors = load_file(original / "model.safetensors")
-    tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.ones(128, 64, dtype=torch.bfloat16)
+    tensors |= {f"{ahead}.weight": torch.ones(128, 64), "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
     plan = quantize(original, out, Recipe(method="rtn", scheme=Scheme(4, 32)))
-    assert any(note.startswith("mtp: ") for note in plan.notes)
+    module = ahead.removeprefix("model.").removesuffix(".mlp.up_proj").removesuffix(".layers.0")
+    assert any(note.startswith(f"{module}: ") for note in plan.notes)
     after = load_file(out / "model.safetensors")
-    assert all(torch.equal(after[name], tensors[name]) for name in tensors if name.startswith("mtp."))
+    assert torch.equal(after[f"{ahead}.weight"], tensors[f"{ahead}.weight"])
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
-    assert any(re.match(rule.removeprefix("re:"), "mtp.layers.0.mlp.up_proj") for rule in ignored if "re:" in rule)
+    assert any(re.match(rule.removeprefix("re:"), ahead) for rule in ignored if "re:" in rule)
     assert not any(re.match(rule.removeprefix("re:"), "model.layers.0.mlp.up_proj") for rule in ignored)
+    assert not any("rotary" in rule for rule in ignored)

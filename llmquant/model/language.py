@@ -6,7 +6,8 @@ still in transformers and in servers: config.json speaks of them by patterns.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from transformers import (
@@ -93,15 +94,22 @@ def own_names(stored: str) -> list[str]:
 
 
 def towers(names: Iterable[str], stored: Iterable[str]) -> tuple[str, ...]:
-    """What stands beside the language model, whose tensors are `stored`: the modules that hold the tensors `names`."""
-    own = {_top(name) for name in stored}
-    return tuple(dict.fromkeys(top for top in map(_top, names) if top and top not in own))
+    """What stands beside the language model, whose tensors are `stored`: the modules that hold the tensors `names`.
+
+    Inside of its outermost modules they must hold weights, as the layer by which DeepSeek-V3 guesses a token ahead.
+    """
+    own = {module for name in stored for module in _modules(name)}
+    found: dict[str, bool] = {}
+    for name in names:
+        if tower := next((module for module in _modules(name) if module not in own), None):
+            found[tower] = found.get(tower, False) or "." not in tower or name.endswith(".weight")
+    return tuple(tower for tower, holds_weights in found.items() if holds_weights)
 
 
-def _top(name: str) -> str:
-    """The outermost module; none for a tensor that is in no module."""
-    top, dot, _ = name.removeprefix(f"{THINKER}.").removeprefix("model.").partition(".")
-    return top if dot else ""
+def _modules(name: str) -> Iterator[str]:
+    """Those that a tensor is in, from the outermost."""
+    inner = name.removeprefix(f"{THINKER}.").removeprefix("model.").split(".")[:-1]
+    return accumulate(inner, "{}.{}".format)
 
 
 def by_any_name(linear: str) -> str:

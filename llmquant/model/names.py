@@ -80,7 +80,8 @@ class Names:
             return None
         known = {part for each in self.model.state_dict() for part in self.parts(each)}
         others = [each for each in self.source.tensors if each not in known]
-        beside = tuple(f".{tower}." for tower in towers(others, known)) if known else ()
+        outer = (tower for tower in towers(others, known) if "." not in tower) if known else ()
+        beside = tuple(f".{tower}." for tower in outer)
         own = [each for each in others if not any(tower in f".{each}" for tower in beside)]
         alike = lambda each: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(each, name, strict=False)))  # noqa: E731
         return max(own, key=alike, default=None)
