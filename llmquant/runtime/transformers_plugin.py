@@ -22,7 +22,7 @@ from llmquant.kernels.attention import use_attention
 from llmquant.kernels.cpu import PLANES
 from llmquant.model.experts import has_experts, unfuse
 from llmquant.model.names import apart, converts_others
-from llmquant.model.shell import check_finite
+from llmquant.model.shell import check_finite, dtype_of
 from llmquant.runtime.decode import use_decoder
 from llmquant.runtime.linear import QuantLinear, Stored
 from llmquant.scheme import Scheme
@@ -101,6 +101,11 @@ class LlmquantQuantizer(HfQuantizer):
     requires_calibration = True  # transformers' word for: a checkpoint has to be packed already
     quantization_config: LlmquantConfig
     _apart = False  # experts are linears, as they are in files
+    _dtype: torch.dtype | None = None  # that was asked for
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype
+        return dtype
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         if isinstance(device_map, Mapping) and len(set(device_map.values())) > 1 and _offloads(device_map):
@@ -122,6 +127,9 @@ class LlmquantQuantizer(HfQuantizer):
             model.set_submodule(name, _Packed(linears[name], scheme, layout))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, parameter in model.named_parameters():  # older ones of transformers leave what they rename as it is
+            if self._dtype is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype_of(name, model, self._dtype))
         packed = {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
         for name in list(packed):
             linear = packed.pop(name).linear(name, model.dtype)
