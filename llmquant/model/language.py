@@ -35,7 +35,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"model_type": "glm4_moe"},
 }
 ELSEWHERE = {"mistral4": AutoModelForImageTextToText}  # where transformers lists a causal language model, if not there
-HEADED = {"mistral_large4_text", "muse_glimmer_text", "muse_spark_text"}  # those that get a head of ours; see `headed`
+HEADED = {"mistral_large4_text", "muse_glimmer_text"}  # those that get a head of ours; see `headed`
 OF_IMAGES = ("mrope_section", "mrope_interleaved", "type")  # three positions for each token, which are equal for text
 PLACES = ("model.language_model.", "model.text_model.")  # in the place of `model.`
 THINKER = "thinker"  # of Qwen's Omni models, which also talk: that of its parts which sees, hears and writes
