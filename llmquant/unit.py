@@ -19,7 +19,7 @@ from llmquant.errors import OutputError, RecipeError
 from llmquant.formats import FORMATS
 from llmquant.model.experts import GUEST_WEIGHT
 from llmquant.model.fold import LinearFold, NormFold
-from llmquant.model.shell import Shell
+from llmquant.model.shell import Shell, joined
 from llmquant.observer import Observer
 from llmquant.plan import Plan, Stack, Unit
 from llmquant.scheme import Quantized, Scheme, dequantize
@@ -103,8 +103,7 @@ def replay(unit: Unit, place: Workplace, record: dict[str, Any]) -> None:
                 q = FORMATS[place.plan.recipe.format].unpack(prefix, tensors, linear.m, linear.n, stack.scheme)
                 shell.set_weight(linear.name, dequantize(q, stack.scheme))
         for name in unit.kept:  # a scale may have been folded into one
-            parts = [tensors[part] for part in shell.stored_names(name)]
-            shell.set_tensor(name, torch.cat(parts) if parts[1:] else parts[0])
+            shell.set_tensor(name, joined([tensors[part] for part in shell.stored_names(name)]))
         crossing.advance()
     if place.stream.digest() != record["stream"]:
         raise OutputError(f"{place.out}: {unit.name} leads to other activations than before; start anew (--no-resume)")
@@ -315,7 +314,8 @@ class _Work:
         self.pack(list(self.quantized))
         tensors = self.packed
         for name in self.unit.kept:
-            tensors |= self.shell.stored(name, self.changed[name] if name in self.changed else self.shell.read(name))
+            (only, *_) = self.shell.stored_names(name)  # nothing folds into one in parts
+            tensors |= {only: self.changed[name]} if name in self.changed else self.shell.stored(name)
         return tensors
 
 

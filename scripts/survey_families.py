@@ -119,6 +119,10 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="model types; all if not given")
     parser.add_argument("--client", type=Path, help="a Python with transformers and compressed-tensors")
     options = parser.parse_args()
+    if unknown := [family for family in options.families if family not in CONFIG_MAPPING]:
+        parser.error(f"transformers {transformers.__version__} has no family {unknown[0]!r}")
+    if options.client and not options.client.is_file():
+        parser.error(f"--client {options.client}: is no Python; give the path of one")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -154,6 +158,7 @@ def survey(family: str, work: Path, client: Path | None) -> Row:
         row.kl = divergence(logits(ours), found)
         step = "generate"
         row.written = writes_the_same(packed)
+        step = "ask transformers"
         row.client = ask(client, work, found) if client else None
     except Exception as error:  # whatever it is, it is what the table is for
         reason = str(error).splitlines()[0] if str(error) else ""

@@ -36,6 +36,14 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
+def packed(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`packed("qwen3")`: that of `make_checkpoint`, quantized as `runs.recipe` says. Do not write into it."""
+    from runs import packer
+
+    return packer(lambda arch: make_checkpoint(arch=arch), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
     """A Llama of two layers, hidden size 64, bf16, with a tokenizer and a chat template. Do not write into it."""
     return make_checkpoint()

@@ -8,25 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from measuring import compared
-from runs import StopAfter, packer, recipe, relist, write_ids
+from measuring import compared, loaded_alike, logits, the_same_by_our_plugin
+from runs import StopAfter, recipe, relist, write_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig
 
 from llmquant.calibration.batches import Batch
 from llmquant.calibration.crossing import Crossing
 from llmquant.calibration.stream import Stream
 from llmquant.checkpoint.reader import Checkpoint
-from llmquant.errors import VerifyError
+from llmquant.errors import CheckpointError, VerifyError
 from llmquant.model.layout import derive_layout
 from llmquant.model.shell import Shell
 from llmquant.pipeline import preview, quantize, sense
 from llmquant.recipe import Recipe
 from llmquant.runtime.layered import Layered
-from llmquant.runtime.linear import QuantLinear
 from llmquant.runtime.loader import load
-from llmquant.runtime.transformers_plugin import LlmquantConfig
 from llmquant.verify import verify_checkpoint
 
 KEPT = {  # linears of decoder layers that are not packed, beside routers
@@ -47,22 +45,10 @@ IDS = torch.randint(3, 512, (2, 48), generator=torch.Generator().manual_seed(1))
 Make = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def packed(make_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return packer(lambda arch: make_checkpoint(arch=arch), tmp_path_factory)
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
-
-
 @pytest.mark.parametrize("arch", KEPT)
 def test_it_is_loaded_as_transformers_loads_it(arch: str, make_checkpoint: Make) -> None:
     """With more tokens than sparse attention chooses."""
-    original = make_checkpoint(arch=arch)
-    theirs = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
-    assert torch.allclose(logits(load(original, torch.float32)), logits(theirs), rtol=1e-4, atol=1e-4)
+    assert loaded_alike(make_checkpoint(arch=arch), IDS)
 
 
 @pytest.mark.parametrize("arch", KEPT)
@@ -92,10 +78,7 @@ def test_token_by_token_it_writes_what_it_writes_at_once(arch: str, packed: Make
 
 @pytest.mark.parametrize("arch", KEPT)
 def test_transformers_computes_the_same_with_our_kernels(arch: str, packed: Make) -> None:
-    told = {"quantization_config": LlmquantConfig(), "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(packed(arch), **told).eval()
-    assert sum(isinstance(module, QuantLinear) for module in model.modules()) >= 10
-    assert torch.equal(logits(model), logits(load(packed(arch), torch.float32)))
+    assert the_same_by_our_plugin(packed(arch), IDS)
 
 
 @pytest.mark.parametrize("arch", ["gemma3n_text", "gemma4_text", "glm_moe_dsa", "hy_v4", "deepseek_v4"])
@@ -112,7 +95,7 @@ def test_layer_by_layer_a_batch_finds_what_layers_left_for_it(arch: str, make_ch
     whole = load(source.root, torch.float32)
     last: list[Tensor] = []
     whole.get_submodule(layers[-1].name).register_forward_hook(lambda _, __, out: last.append(out))
-    expected = logits(whole)
+    expected = logits(whole, IDS)
     out = last[0][0] if layers[-1].returned else last[0]
     for i, states in enumerate(stream.hidden):
         wanted = out[:, i : i + 1] if arch == "gemma3n_text" else out[i : i + 1]
@@ -139,6 +122,25 @@ def test_what_is_put_together_is_written_in_its_parts(arch: str, make_checkpoint
     relist(broken)
     with pytest.raises(VerifyError, match=re.escape(f"tensor {parts[2]} is")):
         verify_checkpoint(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda part: part[..., 1:], "do not fit together"), (lambda part: part[1:], "config.json asks for")],
+)
+def test_parts_that_do_not_fit_are_refused(
+    change: Callable[[Tensor], Tensor], words: str, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    original, name = tmp_path / "original", "model.layers.0.linear_attn.v_conv1d.weight"
+    shutil.copytree(make_checkpoint(arch="olmo_hybrid"), original)
+    tensors = load_file(original / "model.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, original / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=words):
+        quantize(original, tmp_path / "out", Recipe.from_dict({"method": "rtn", "scheme": {"group_size": 32}}))
+    with pytest.raises(CheckpointError, match=words):
+        load(original)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("arch", ["olmo_hybrid", "gemma4_text", "glm_moe_dsa"])

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import packer
+from measuring import loaded_alike, the_same_by_our_plugin
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig
 
 from llmquant.model.layout import derive_layout
 from llmquant.pipeline import quantize
 from llmquant.recipe import Recipe
-from llmquant.runtime.linear import QuantLinear
 from llmquant.runtime.loader import load
-from llmquant.runtime.transformers_plugin import LlmquantConfig
 from llmquant.scheme import Scheme
 
 HYBRIDS = ["qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "bamba"]
@@ -27,22 +24,9 @@ IDS = torch.arange(3, 83).view(1, 80)  # more than a chunk of linear attention
 Make = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def packed(make_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return packer(lambda arch: make_checkpoint(arch=arch), tmp_path_factory)
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
-
-
 @pytest.mark.parametrize("arch", HYBRIDS)
 def test_it_is_loaded_as_transformers_loads_it(arch: str, make_checkpoint: Make) -> None:
-    original = make_checkpoint(arch=arch)
-    ours = load(original, torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
-    assert torch.allclose(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    assert loaded_alike(make_checkpoint(arch=arch), IDS)
 
 
 @pytest.mark.parametrize("arch", GATED)
@@ -72,11 +56,7 @@ def test_all_else_is_quantized(arch: str, make_checkpoint: Make, packed: Make) -
 
 @pytest.mark.parametrize("arch", HYBRIDS)
 def test_transformers_computes_the_same_with_our_kernels(arch: str, packed: Make) -> None:
-    told = {"quantization_config": LlmquantConfig(), "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(packed(arch), **told).eval()
-    ours = load(packed(arch), torch.float32)
-    assert sum(isinstance(module, QuantLinear) for module in model.modules()) >= 10
-    assert torch.equal(logits(model), logits(ours))
+    assert the_same_by_our_plugin(packed(arch), IDS)
 
 
 @pytest.mark.parametrize("arch", HYBRIDS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import compared
+from measuring import compared, loaded_alike
 from runs import Records, StopAfter, recipe, write_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -53,11 +53,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("arch", MORE)
 def test_more_families_are_loaded(arch: str, make_checkpoint: Callable[..., Path]) -> None:
     """As transformers loads them, which knows other names of some tensors than checkpoints have."""
-    model = make_checkpoint(arch=arch)
-    ours, theirs = load(model, torch.float32), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    ids = torch.arange(3, 51).view(2, 24)
-    with torch.inference_mode():
-        assert torch.allclose(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    assert loaded_alike(make_checkpoint(arch=arch), torch.arange(3, 51).view(2, 24))
 
 
 @pytest.mark.parametrize("arch", MIXTURES + MORE)

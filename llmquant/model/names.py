@@ -61,8 +61,8 @@ class Names:
         if found := self.find(name):
             return (found,)
         for whole, stored in self._joined.items():
-            parts = [self.find(name.removesuffix(whole) + part) for part in stored] if name.endswith(whole) else [None]
-            if None not in parts:
+            parts = [self.find(name.removesuffix(whole) + part) for part in stored] if name.endswith(whole) else []
+            if parts and all(parts):
                 return tuple(part for part in parts if part)
         return ()
 

@@ -119,20 +119,25 @@ class Shell:
         return [name for name in self.names if name.startswith(prefix + ".")]
 
     def read(self, name: str) -> Tensor:
-        """One tensor of the model, or an extra one of the checkpoint, as stored, checked.
+        """One tensor of the model, or an extra one of the checkpoint; raises what `stored` raises."""
+        return joined(list(self.stored(name).values()))
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The same as the checkpoint has it, checked: what it consists of, by name.
 
         Raises:
             CheckpointError: its shape is not the model's.
             NumericsError: it holds NaN or Inf.
         """
-        stored = self.stored_names(name)
-        tensor = torch.cat([self.source.read(part) for part in stored]) if stored[1:] else self.source.read(stored[0])
-        where = f"{self.source.file_of[stored[0]]}: {', '.join(stored)}"
-        if name in self.names and tensor.shape != self._tensor(name).shape:
+        parts = {part: self.source.read(part) for part in self.stored_names(name)}
+        where = f"{self.source.file_of[next(iter(parts))]}: {', '.join(parts)}"
+        shape = joined_shape([part.shape for part in parts.values()], where)
+        if name in self.names and shape != self._tensor(name).shape:
             expected = tuple(self._tensor(name).shape)
-            raise CheckpointError(f"{where}: shape {tuple(tensor.shape)}, but config.json asks for {expected}")
-        check_finite(tensor, where)
-        return tensor
+            raise CheckpointError(f"{where}: shape {tuple(shape)}, but config.json asks for {expected}")
+        for part, tensor in parts.items():
+            check_finite(tensor, f"{self.source.file_of[part]}: {part}")
+        return parts
 
     @property
     def vocab_size(self) -> int:
@@ -142,12 +147,6 @@ class Shell:
     def stored_names(self, name: str) -> tuple[str, ...]:
         """The checkpoint's names of what a tensor of the model consists of, or of an extra one."""
         return self.names.get(name, (name,))
-
-    def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """A tensor of the model, or an extra one, as the checkpoint has it."""
-        names = self.stored_names(name)
-        rows = [self.source.tensors[part].shape[0] for part in names] if names[1:] else []
-        return dict(zip(names, tensor.split(rows) if rows else [tensor], strict=True))
 
     def stored_prefix(self, linear: str) -> str:
         """The checkpoint's name of a linear: its packed tensors keep it, so that every loader knows them."""
@@ -177,6 +176,20 @@ def dtype_of(name: str, model: PreTrainedModel, dtype: torch.dtype) -> torch.dty
     """Of a tensor of a model of that dtype: fp32 where its code says so, as of what a router adds to its scores."""
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     return torch.float32 if any(part in name for part in strict) else dtype
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Tensors one below the other; one by itself as it is."""
+    return torch.cat(parts) if parts[1:] else parts[0]
+
+
+def joined_shape(shapes: list[torch.Size], where: str) -> torch.Size:
+    """The shape of what `joined` makes; CheckpointError if these do not fit each other."""
+    if not shapes[1:]:
+        return shapes[0]
+    if not all(shapes) or len({shape[1:] for shape in shapes}) > 1:
+        raise CheckpointError(f"{where}: shapes {', '.join(str(tuple(shape)) for shape in shapes)} do not fit together")
+    return torch.Size((sum(shape[0] for shape in shapes), *shapes[0][1:]))
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -220,11 +233,11 @@ class StoredTensors(Mapping[str, Tensor]):
         self.source = source
 
     def __getitem__(self, name: str) -> Tensor:
-        parts = []
-        for stored in self.names.stored(name):
-            parts.append(self.source.read(stored))
-            check_finite(parts[-1], f"{self.source.root / self.source.file_of[stored]}: {stored}")
-        return torch.cat(parts) if parts[1:] else parts[0]
+        parts = {stored: self.source.read(stored) for stored in self.names.stored(name)}
+        for stored, tensor in parts.items():
+            check_finite(tensor, f"{self.source.root / self.source.file_of[stored]}: {stored}")
+        joined_shape([tensor.shape for tensor in parts.values()], f"{self.source.root}: {', '.join(parts)}")
+        return joined(list(parts.values()))
 
     def __contains__(self, name: object) -> bool:
         return bool(self.names.parts(str(name)))
