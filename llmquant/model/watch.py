@@ -57,10 +57,8 @@ class Watch:
         if name in self.routing:
             kind, out = Kept, source  # what a router makes is read by no linear, and may be no tensor
         out = out[0] if isinstance(out, tuple) else out  # of a router that is a linear, too
-        if isinstance(module, nn.Linear) and kind is nn.Linear:
-            m, n = module.out_features, module.in_features
-            usual = source.shape[-1] == n and out.shape == (*source.shape[:-1], m)
-            self.other |= set() if usual else {name}
+        if isinstance(module, nn.Linear) and kind is nn.Linear and not _is_product(module, source, out):
+            self.other.add(name)
         self._alive += source, out
         self.calls.append(Call(name, kind, _storage(source), _storage(out)))
 
@@ -141,6 +139,11 @@ def _tell_of_reading(linear: nn.Linear, tell: Callable[[], None]) -> None:
 
     kind = type(linear)
     linear.__class__ = type(kind.__name__, (kind,), {"__getattr__": attribute, "forward": forward})
+
+
+def _is_product(linear: nn.Linear, x: Tensor, y: Tensor) -> bool:
+    """Whether shapes are those of y = x W^T."""
+    return x.shape[-1] == linear.in_features and y.shape == (*x.shape[:-1], linear.out_features)
 
 
 def _storage(tensor: Tensor) -> int:
